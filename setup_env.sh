@@ -1,0 +1,149 @@
+#!/usr/bin/env bash
+# The project's Python environment, made or updated first when needed:
+#
+#   ./setup_env.sh CMD ARG...    run CMD inside it
+#   ./setup_env.sh               only set it up
+#   source setup_env.sh          activate it in this shell (bash or zsh)
+#
+#   VENV=DIR             its folder (default: .venv next to this file)
+#   PYTHON=python3.12    what to make it with (default: python3 or python3.14 to 3.10, the first that will do)
+#   TORCH_INDEX_URL=URL  where torch and torchvision come from (default: chosen for the GPU's driver)
+
+[ -n "${BASH_VERSION:-}${ZSH_VERSION:-}" ] || exec bash "$0" "$@" # called as "sh setup_env.sh"
+if [ -n "${ZSH_VERSION:-}" ] || [ "${BASH_SOURCE[0]}" != "$0" ]; then
+  # sourced: a child does the work, so that this shell keeps its options and survives a failure
+  VENV=${VENV:-} bash "${BASH_SOURCE[0]:-$0}" || return 1
+  # shellcheck disable=SC1091 # the file does not exist yet
+  . "${VENV:-$(dirname "$(readlink -f "${BASH_SOURCE[0]:-$0}")")/.venv}/bin/activate"
+  return
+fi
+
+set -u
+script=$(readlink -f "${BASH_SOURCE[0]}") # the file itself, not a link to it
+requirements=${script%/*}/requirements.txt
+VENV=${VENV:-${script%/*}/.venv}
+[[ $VENV == /* ]] || VENV=$PWD/$VENV
+
+say() { echo "setup_env: $*" >&2; } # stdout belongs to CMD
+fail() { say "$@"; exit 1; }
+
+# What the environment is made from. Its copy in the environment is written last: none there, not complete.
+# The folder belongs to it because an environment that was moved or copied no longer works.
+stamp() { printf '%s\n' "$index" "$version" "$(cd "$VENV" && pwd -P)" "$(cat "$requirements")"; }
+
+# Complete and up to date? Quick, because "python -V" answers before the interpreter starts.
+# An environment keeps its wheels and its Python until a variable asks for others.
+current() {
+  { read -r index && read -r version; } 2>/dev/null <"$VENV/.stamp" &&
+    [ "${TORCH_INDEX_URL:-$index}" = "$index" ] &&
+    [ "$("$VENV/bin/python" -V 2>&1)" = "$version" ] &&
+    [ "$("${PYTHON:-$VENV/bin/python}" -V 2>&1)" = "$version" ] &&
+    [ "$(stamp)" = "$(cat "$VENV/.stamp")" ]
+}
+
+find_python() { # sets python and version
+  local candidates=(python3 python3.14 python3.13 python3.12 python3.11 python3.10) trouble=
+  [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+  PATH=${PATH//"$VENV/bin:"/} # while this environment is active, its own python must not rebuild it
+  for python in "${candidates[@]}"; do
+    version=$("$python" -V 2>&1) || continue
+    if [[ ! $version =~ ^Python\ 3\.[1-9][0-9] ]]; then
+      trouble=${trouble:-"$python is $version, too old"}
+    elif ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+      trouble=${trouble:-"$python has no venv module (Debian, Ubuntu: apt install python3-venv)"}
+    else
+      return
+    fi
+  done
+  fail "${trouble:-no ${PYTHON:-python3} found}: install Python 3.10 or newer, or set PYTHON=/path/to/python3"
+}
+
+# The wheels' CUDA must not be newer than the driver's, and must still know the GPU:
+# - CUDA 13 runs on drivers from 580 on, CUDA 12 from 525, CUDA 11 from 450, whatever the minor version
+#   (docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html)
+# - torch on PyPI has CUDA 13 since 2.11, for GPUs of compute capability 7.5 and up; PyTorch's own indexes
+#   have cu126 up to torch 2.14 (5.0 to 9.0), cu128 up to 2.11 (Blackwell too), cu118 up to 2.7
+#   (github.com/pytorch/pytorch: RELEASE.md, issues 190355 and 190385)
+choose_index() { # sets index
+  local gpu driver capability=8.0 wheels why="no NVIDIA driver found; they run on the CPU too"
+  # prints "550.54.15, 8.9"; an old nvidia-smi does not know compute_cap, and its plain output has to do
+  gpu=$({ nvidia-smi --query-gpu=driver_version,compute_cap --format=csv || nvidia-smi; } 2>/dev/null)
+  index=PyPI
+  if [ -n "${TORCH_INDEX_URL:-}" ]; then
+    index=$TORCH_INDEX_URL why="TORCH_INDEX_URL"
+  elif [[ $gpu =~ ([0-9]{3})\.[0-9] ]]; then
+    driver=${BASH_REMATCH[1]}
+    [[ $gpu =~ ,\ ([0-9]+\.[0-9]) ]] && capability=${BASH_REMATCH[1]}
+    why="driver $driver, compute capability $capability; PyPI's CUDA 13 needs 580 and 7.5"
+    if ((driver < 580 || ${capability/./} < 75)); then
+      wheels=cu126
+      ((${capability/./} < 100)) || wheels=cu128
+      ((driver >= 525)) || wheels=cu118
+      ((driver >= 450)) || wheels=cpu
+      index=https://download.pytorch.org/whl/$wheels
+    fi
+  fi
+  say "torch wheels from $index ($why)"
+}
+
+lock() {
+  exec 9>>"$VENV/.lock"
+  if command -v flock >/dev/null; then
+    flock -n 9 || { say "waiting for another set-up of $VENV" && flock 9; }
+  else # macOS: a link that names its owner, taken over when the owner is dead
+    until ln -s $$ "$VENV/.lock.pid" 2>/dev/null; do
+      kill -0 "$(readlink "$VENV/.lock.pid")" 2>/dev/null || rm -f "$VENV/.lock.pid"
+      sleep 1
+    done
+    trap 'rm -f "$VENV/.lock.pid"' EXIT
+  fi
+}
+
+try() { # progress to the terminal; errors, pages of them from pip, into one line that says how to go on
+  local errors
+  errors=$("$@" 2>&1 1>&3) && return
+  [ -z "$old" ] || echo "$old" >"$VENV/.stamp" # pip left what was there, and it still works
+  case $errors in
+    *"No space left"* | *quota*) fail "no space left for $VENV (needs 6 GB): free some or set VENV=DIR" ;;
+    *"connection broken"*) fail "no network, or the package index can't be reached: try again when it can" ;;
+  esac
+  fail "$(grep -i error <<<"$errors" | tail -n 1) (with $version; PYTHON or TORCH_INDEX_URL may help)"
+}
+
+update() {
+  find_python
+  mkdir -p "$VENV" 2>/dev/null
+  [ -w "$VENV" ] || fail "can't write to $VENV: set VENV=DIR"
+  # a folder that is someone else's is never emptied
+  [ -e "$VENV/.lock" ] || [ "$VENV" = "${script%/*}/.venv" ] || [ -z "$(ls -A "$VENV")" ] ||
+    fail "$VENV was not made by this script: remove it or set VENV to another folder"
+  lock
+  (current) && return # another call has just done it
+  choose_index
+  local new old pip=("$VENV/bin/python" -m pip --disable-pip-version-check)
+  new=$(stamp) old=$(cat "$VENV/.stamp" 2>/dev/null)
+  rm -f "$VENV/.stamp"
+  # built upon if complete and only the requirements differ; anything else, half an install too, is made anew
+  if [ "$(head -n 3 <<<"$old")" != "$(head -n 3 <<<"$new")" ] || ! "${pip[@]}" -V &>/dev/null; then
+    old=
+    find "$VENV/" -mindepth 1 -maxdepth 1 ! -name '.lock*' -exec rm -rf {} + || fail "can't empty $VENV"
+    try "$python" -m venv --without-pip "$VENV"
+    try "$VENV/bin/python" -m ensurepip --default-pip 3>/dev/null # apart, as venv would hide its error
+  fi
+  say "installing into $VENV with $version (a few minutes the first time)"
+  # torch first and from that index alone: among several, pip takes the newest version, whatever its CUDA
+  [ "$index" = PyPI ] ||
+    PIP_EXTRA_INDEX_URL='' try "${pip[@]}" install --index-url "$index" -r <(grep ^torch "$requirements")
+  try "${pip[@]}" install -r "$requirements"
+  echo "$new" >"$VENV/.stamp.new" && mv "$VENV/.stamp.new" "$VENV/.stamp"
+}
+
+case ${1:-} in
+  -h | --help) exec sed -n '2,10s/^# \{0,1\}//p' "$script" ;;
+  -*) fail "unknown option $1 (see --help)" ;;
+esac
+current || (update 3>&2) || exit 1
+[ $# -gt 0 ] || { echo "setup_env: ready: $VENV ($("$VENV/bin/python" -V))" && exit; }
+export VIRTUAL_ENV=$VENV PATH=$VENV/bin:$PATH
+unset PYTHONHOME
+exec "$@"
