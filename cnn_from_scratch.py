@@ -41,6 +41,8 @@ from sklearn import datasets, metrics
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WEIGHT_DECAY = 5e-4  # of the one-cycle recipe
 
+ONEDNN = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
 # ---------------------------------------------------------------------------------------------- layers
 
 
@@ -54,10 +56,12 @@ class Module:
     args = out = None
     input_grad = True  # False: bwd may leave out the gradient of the input (a first layer's is of no use)
 
+    @torch.no_grad()  # also where the caller's tensors ask for torch's own gradients
     def __call__(self, *args):
         self.args, self.out = args, self.forward(*args)
         return self.out
 
+    @torch.no_grad()
     def backward(self):
         if self.args is None:
             raise RuntimeError(
@@ -122,16 +126,11 @@ def kaiming(shape, fan_in, gain, device, dtype):
 
 def matmul(a, b):
     """a [M, K] @ b [K, L] -> [M, L]."""
-    # oneDNN's product is up to three times as fast as mm()'s for few rows and many columns in float32 on
-    # AVX-512 CPUs that are not Intel's; torch.compile's code calls it too. Elsewhere: the plain product.
-    if a.is_cpu and a.dtype == torch.float32 and a.numel() and b.numel() and ONEDNN:
+    # on an AVX-512 CPU by AMD, oneDNN's product takes a half to a third of mm()'s time for these shapes
+    # (float32, few rows, many columns); torch.compile's code calls the same operator
+    if ONEDNN and a.is_cpu and a.dtype == torch.float32 and a.numel() and b.numel():
         return ONEDNN(a, b.t(), None, "none", [], "")
     return a @ b
-
-
-ONEDNN = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-)
 
 
 class Linear(Module):
@@ -208,7 +207,7 @@ class Conv2D(Module):
         out = matmul(weight, self.im2col(x))  # O, L
         out = out.view(O, Ho, Wo, N).permute(3, 0, 1, 2)
         self.calls += 1
-        out.call = self.calls  # the workspace still holds the columns of x if no later call has come between
+        out.call = self.calls
         return out
 
     def bwd(self, out, x):
@@ -216,8 +215,11 @@ class Conv2D(Module):
         (O, C, kH, kW), (N, _, Ho, Wo) = self.W.shape, g.shape
         g = g.permute(1, 2, 3, 0).reshape(O, -1).contiguous()  # O, L
         K = C * kH * kW
-        fresh = getattr(out, "call", None) == self.calls
-        cols = self.kept["cols"][: K + (self.b is not None)] if fresh else self.im2col(x)
+        if getattr(out, "call", None) == self.calls:  # the workspace still holds the columns of x
+            cols = self.kept["cols"][: K + (self.b is not None)]
+        else:
+            self.calls += 1
+            cols = self.im2col(x)
         dW = matmul(cols, g.t())  # K+1, O
         self.W.g = torch.empty_like(self.W).copy_(dW[:K].t().view(O, C, kH, kW))
         if self.b is not None:
@@ -297,9 +299,8 @@ class MaxPool2D(Module):
                 won = torch.mul(g, beat, out=None if overlap else tap)
                 if overlap:
                     tap += won
-                g = torch.sub(g, won, out=None if overlap or tap is not taps[1] else taps[0])
-            if overlap or len(taps) == 1:
-                taps[0].add_(g)
+                g = g - won  # what is left for the taps before
+            taps[0].add_(g)
             g = dx
         x.g = torch.empty_like(x).copy_(g[:, :, pH : pH + H, pW : pW + W]) if pH or pW else g
 
@@ -311,7 +312,7 @@ class Flatten(Module):
         if x.dim() < 2:
             raise ValueError(f"Flatten: the input is {list(x.shape)}, expected at least two dimensions")
         # batch innermost as Conv2D leaves it: a view then, else a copy
-        return x.movedim(0, -1).reshape(math.prod(x.shape[1:]), len(x)).t()
+        return x.detach().movedim(0, -1).reshape(math.prod(x.shape[1:]), len(x)).t()
 
     def bwd(self, out, x):
         x.g = torch.empty_like(x).copy_(upstream(out).reshape(x.shape))
@@ -331,7 +332,7 @@ class CrossEntropy(Module):
             raise ValueError(
                 f"CrossEntropy: targets are {targets.dtype}, expected class numbers of an integer type"
             )
-        self.targets = targets.long()[:, None]  # N, 1
+        targets = targets.long()
         # on the GPU this waits for the device; while a CUDA graph is recorded it can't, and is left out
         if len(targets) and not (targets.is_cuda and torch.cuda.is_current_stream_capturing()):
             low, high = (int(v) for v in targets.aminmax())
@@ -341,7 +342,7 @@ class CrossEntropy(Module):
                 )
         log_p = logits - logits.amax(1, keepdim=True)  # a shift by the row's maximum: exp can't overflow
         log_p -= log_p.exp().sum(1, keepdim=True).log_()
-        loss = log_p.gather(1, self.targets).mean().neg_()
+        loss = log_p.gather(1, targets[:, None]).mean().neg_()
         loss.log_p = log_p
         return loss
 
@@ -367,6 +368,7 @@ class Sequential:
             x = layer(x)
         return x
 
+    @torch.no_grad()
     def backward(self, last_out, input_grad=True):
         """From last_out.g, every parameter's g; input_grad=False saves the gradient of the model's input."""
         if self.layers[-1].args is None:
@@ -498,7 +500,9 @@ def load_data(dataset, folder):
 
 
 def split(part, seed):
-    """90 % to train and 10 % to validate, drawn by a generator of its own."""
+    """90 % to train and 10 % to validate, drawn by a generator of its own; InputError for less than ten."""
+    if len(part[0]) < 10:
+        raise InputError(f"{len(part[0])} training images are too few to keep a tenth for validation")
     order = torch.randperm(len(part[0]), generator=torch.Generator().manual_seed(seed))
     return [tuple(t[rows] for t in part) for rows in (order[len(order) // 10 :], order[: len(order) // 10])]
 
@@ -522,10 +526,10 @@ def batches(images, labels, size, generator, shift):
 
 
 def learning_rate(step, steps, peak, schedule):
-    """One-cycle (Smith 2018, arXiv 1803.09820): linearly up over the first fifth, then linearly to zero."""
+    """One-cycle (Smith 2018, arXiv 1803.09820): linearly up over the first tenth, then linearly to zero."""
     if schedule == "constant":
         return peak
-    return peak * min((step + 1) / (0.2 * steps), (steps - step) / (0.8 * steps))
+    return peak * min(1, (step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
 
 
 def train_epoch(model, optimizer, data, rates, report):
@@ -799,7 +803,7 @@ def run(args):
 def load_weights(path, model):
     """A run's best.pt into the model; InputError if it is something else."""
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        held = dict(torch.load(path, map_location="cpu", weights_only=True))
         for name, p in named(model).items():
             if held[name].shape != p.shape:
                 raise ValueError(f"{name} is {list(held[name].shape)}, expected {list(p.shape)}")

@@ -1,0 +1,1727 @@
+"""Tests of cnn_from_scratch.py on random tensors and small made-up data: no network, nothing left behind.
+
+    python tests.py                       # all of them; each prints what it measured
+    python tests.py Conv test_gradients   # those whose class or name begins so
+    python tests.py bench                 # tables of speed against torch.nn; passes or fails nothing
+
+The last line is `N passed, N failed, N skipped`; the exit status is 1 if one failed. pytest works as well.
+
+The oracle of a gradient is torch's autograd in float64 on the CPU, with random upstream gradients.
+"""
+
+import ast
+import contextlib
+import csv
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cnn_from_scratch as c
+
+# ---------------------------------------------------------------------------------------------- helpers
+
+
+class Case(unittest.TestCase):
+    """A test prints one line of what it measured: self.say(text)."""
+
+    threads = 1  # small tensors: on a busy machine, waiting for a second thread costs more than the work
+
+    @classmethod
+    def setUpClass(cls):
+        cls.addClassCleanup(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(cls.threads)
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.tmp = Path(folder.name)
+
+    def setUp(self):
+        torch.manual_seed(0)
+        self.rng = random.Random(0)
+
+    def say(self, text):
+        print(f"{type(self).__name__ + '.' + self._testMethodName[5:]:34} {text}", flush=True)
+
+    def within(self, limit, error, text):
+        self.say(f"{text}: worst relative error {error:.1e}")
+        self.assertLessEqual(error, limit)
+
+
+def error(got, want):
+    """Largest difference relative to the largest entry; infinite for other shapes or what is no number."""
+    got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    if got.shape != want.shape or not got.isfinite().all():
+        return math.inf
+    off = float((got - want).abs().max()) if want.numel() else 0.0
+    return off / float(want.abs().max()) if off else 0.0
+
+
+def arrange(x, how):
+    """x with the same values in another memory order."""
+    if how == "contiguous":
+        return x.contiguous()
+    if how == "sliced":  # every second entry of something larger
+        larger = x.new_full([2 * n + 1 for n in x.shape], math.nan)
+        view = larger[tuple(slice(1, None, 2) for _ in x.shape)]
+        return view.copy_(x)
+    if how == "expanded":  # all of the batch is one sample
+        return x[:1].expand_as(x)
+    order = {"channels last": (0, 2, 3, 1), "batch last": (1, 2, 3, 0), "reversed": (3, 2, 1, 0)}[how]
+    order = order if x.dim() == 4 else range(x.dim())[::-1]
+    return x.permute(*order).contiguous().permute(*np.argsort(order).tolist())
+
+
+DENSE = ("contiguous", "channels last", "batch last", "reversed")
+
+
+def strides(x):
+    """Of the dimensions that have one."""
+    return [s for s, n in zip(x.stride(), x.shape) if n > 1]
+
+
+def compare(layer, reference, x, g_how="contiguous"):
+    """Worst relative error of layer(x) and its gradients against autograd through reference(x, *parameters).
+
+    On the way: nothing that went in is modified, and gradients lie in memory as their tensors do.
+    """
+    params = layer.parameters()
+    ideal = [t.detach().cpu().double().contiguous().requires_grad_() for t in (x, *params)]
+    want = reference(*ideal)
+    g = arrange(torch.randn(want.shape, dtype=x.dtype).to(x.device), g_how)
+    want.backward(g.cpu().double())
+    before = [t.clone() for t in (x, g, *params)]
+    out = layer(x)
+    out.g = g
+    layer.backward()
+    assert all(map(torch.equal, (x, g, *params), before)), "an input was modified"
+    assert out.g is g and not any(t.requires_grad for t in (out, x.g, *(p.g for p in params)))
+    for t in (x, *params):
+        assert t.g.dtype == t.dtype and t.g.device == t.device
+        if torch.empty_like(t).stride() == t.stride():  # dense
+            assert strides(t.g) == strides(t), f"strides {t.g.stride()} for a tensor with {t.stride()}"
+    return max(error(out, want), *(error(t.g, i.grad) for t, i in zip((x, *params), ideal)))
+
+
+def kind(dtype=torch.float64, device="cpu"):
+    return {"dtype": dtype, "device": device}
+
+
+def linear(n_in, n_out, **where):
+    layer = c.Linear(n_in, n_out, **where)
+    layer.b.normal_()
+    return layer, lambda x, w, b: x @ w + b
+
+
+def conv(*sizes, stride=1, padding=0, bias=True, **where):
+    layer = c.Conv2D(*sizes, stride=stride, padding=padding, bias=bias, **where)
+    if bias:
+        layer.b.normal_()
+    return layer, lambda x, W, b=None: F.conv2d(x, W, b, stride, padding)
+
+
+def pool(kernel, stride=None, padding=0):
+    return c.MaxPool2D(kernel, stride, padding), lambda x: F.max_pool2d(x, kernel, stride, padding)
+
+
+def size_or_pair(rng, least, most):
+    """An int, or a pair, of random size."""
+    values = rng.randint(least, most), rng.randint(least, most)
+    return values[0] if rng.random() < 0.4 else values
+
+
+def fitting(rng, kernel, padding, room=7):
+    """Random height and width that the kernel fits into, from just so to with room to spare."""
+    kernel, padding = c.pair("", kernel, 1), c.pair("", padding, 0)
+    return [max(1, k - 2 * p) + rng.randint(0, room) for k, p in zip(kernel, padding)]
+
+
+def conv_case(rng, **where):
+    """(error, description) of one random convolution."""
+    kernel, stride, padding = (size_or_pair(rng, *r) for r in ((1, 4), (1, 3), (0, 2)))
+    N, C, O = rng.randint(1, 4), rng.randint(1, 3), rng.randint(1, 4)
+    layer, reference = conv(C, O, kernel, stride=stride, padding=padding, bias=rng.random() < 0.7, **where)
+    layer.W = arrange(layer.W, rng.choice(DENSE))
+    x = torch.randn(N, C, *fitting(rng, kernel, padding), dtype=layer.W.dtype).to(layer.W.device)
+    x = arrange(x, rng.choice((*DENSE, "sliced", "expanded")))
+    how = rng.choice((*DENSE, "sliced", "expanded"))
+    return compare(layer, reference, x, how), (list(x.shape), O, kernel, stride, padding, x.stride(), how)
+
+
+def pool_case(rng, dtype, device):
+    """(error, description) of one random pooling, half of them with many ties."""
+    kernel, padding = size_or_pair(rng, 1, 4), 0
+    stride = None if rng.random() < 0.3 else size_or_pair(rng, 1, 4)
+    if rng.random() < 0.5:
+        padding = tuple(rng.randint(0, k // 2) for k in c.pair("", kernel, 1))
+    layer, reference = pool(kernel, stride, padding)
+    x = torch.randn(rng.randint(1, 4), rng.randint(1, 3), *fitting(rng, kernel, padding), dtype=dtype)
+    x = x.round() if rng.random() < 0.5 else x
+    x = arrange(x.to(device), rng.choice((*DENSE, "sliced", "expanded")))
+    how = rng.choice((*DENSE, "sliced", "expanded"))
+    return compare(layer, reference, x, how), (list(x.shape), kernel, stride, padding, x.stride(), how)
+
+
+def linear_case(rng, **where):
+    sizes = rng.randint(1, 9), rng.randint(1, 9)
+    layer, reference = linear(*sizes, **where)
+    layer.w = arrange(layer.w, rng.choice(("contiguous", "reversed")))
+    x = torch.randn(rng.randint(1, 9), sizes[0], dtype=layer.w.dtype).to(layer.w.device)
+    x = arrange(x, rng.choice(("contiguous", "reversed", "sliced", "expanded")))
+    how = rng.choice(("contiguous", "reversed", "sliced", "expanded"))
+    return compare(layer, reference, x, how), (list(x.shape), sizes, x.stride(), how)
+
+
+def simple_case(layer, reference, rng, dtype, device):
+    """One random ReLU or Flatten."""
+    shape = [rng.randint(1, 5) for _ in range(rng.choice((2, 4)))]
+    x = torch.randn(shape, dtype=dtype).to(device)
+    x = x.round() if rng.random() < 0.5 else x  # exact zeros
+    x = arrange(x, rng.choice(("contiguous", "reversed", "sliced", "expanded")))
+    how = rng.choice(("contiguous", "sliced", "expanded"))
+    return compare(layer, reference, x, how), (shape, x.stride(), how)
+
+
+def relu_case(rng, dtype, device):
+    return simple_case(c.ReLU(), F.relu, rng, dtype, device)
+
+
+def flatten_case(rng, dtype, device):
+    return simple_case(c.Flatten(), lambda x: x.flatten(1), rng, dtype, device)
+
+
+def loss_case(rng, dtype, device):
+    """(error, description) of one random cross entropy; half of them with a gradient for the loss."""
+    N, classes, scale = rng.randint(1, 9), rng.randint(1, 12), rng.choice((1, 30))
+    logits = (scale * torch.randn(N, classes, dtype=dtype)).to(device)
+    logits = arrange(logits, rng.choice(("contiguous", "reversed", "sliced")))
+    targets = torch.randint(classes, (N,), device=device)
+    criterion, before = c.CrossEntropy(), logits.clone()
+    loss = criterion(logits, targets)
+    g = rng.choice((None, 2.5, torch.tensor(-0.3, dtype=dtype, device=device)))
+    if g is not None:
+        loss.g = g
+    criterion.backward()
+    ideal = logits.detach().cpu().double().requires_grad_()
+    want = F.cross_entropy(ideal, targets.cpu())
+    want.backward(torch.tensor(1 if g is None else float(g), dtype=torch.float64))
+    want = float(want.detach())
+    assert torch.equal(logits, before) and not loss.requires_grad
+    # the difference of near-equal numbers: what counts is its size beside 1/N
+    off = float((logits.g.cpu().double() - ideal.grad).abs().max()) * N
+    return max(off, abs(float(loss) - want) / max(1, want)), (N, classes, scale, g)
+
+
+CASES = {
+    "linear": linear_case,
+    "conv2d": conv_case,
+    "relu": relu_case,
+    "maxpool2d": pool_case,
+    "flatten": flatten_case,
+    "cross entropy": loss_case,
+}
+
+
+def worst(case, count, rng, **where):
+    """The worst of `count` random cases: (error, description)."""
+    return max((case(rng, **where) for _ in range(count)), key=lambda found: found[0])
+
+
+def small_layers():
+    """One of everything, float64, with an input that fits: (layer, reference, input)."""
+    x = torch.randn(3, 2, 6, 5, dtype=torch.float64)
+    return (
+        (*linear(7, 4, **kind()), torch.randn(3, 7, dtype=torch.float64)),
+        (*conv(2, 3, (3, 2), stride=(2, 1), padding=1, **kind()), x),
+        (*conv(2, 3, 1, bias=False, **kind()), x),
+        (c.ReLU(), F.relu, x),
+        (*pool(2), x),
+        (*pool(1), x),
+        (*pool((1, 2), (2, 1)), x),
+        (*pool(3, 2, 1), x),
+        (c.Flatten(), lambda x: x.flatten(1), x),
+    )
+
+
+def to_torch(model, device="cpu"):
+    """torch.nn's net with the weights of build_cnn()."""
+    nn, convs, dense = torch.nn, (model.layers[0], model.layers[3]), model.layers[-1]
+    net = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(784, 10)),
+    ).to(device, dense.w.dtype)
+    with torch.no_grad():
+        for ours, theirs in zip(convs, (net[0], net[3])):
+            theirs.weight.copy_(ours.W)
+            theirs.bias.copy_(ours.b)
+        net[-1].weight.copy_(dense.w.t())
+        net[-1].bias.copy_(dense.b)
+    return net
+
+
+def step(model, x, targets):
+    """Forward, loss, backward: (loss, gradients of the parameters, logits)."""
+    criterion, logits = c.CrossEntropy(), model(x)
+    loss = criterion(logits, targets)
+    criterion.backward()
+    model.backward(logits, input_grad=False)
+    return loss, [p.g for p in model.parameters()], logits
+
+
+def write_idx(path, array):
+    head = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
+    path.write_bytes(head + array.astype(np.uint8).tobytes())
+
+
+def write_mnist(root, train=400, test=100):
+    """Files in MNIST's layout, made from scikit-learn's digits."""
+    raw = Path(root) / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    images, labels = (torch.cat(both).numpy() for both in zip(*c.load_digits()))
+    for part, rows in (("train", slice(0, train)), ("t10k", slice(train, train + test))):
+        write_idx(raw / f"{part}-images-idx3-ubyte", images[rows])
+        write_idx(raw / f"{part}-labels-idx1-ubyte", labels[rows])
+    return raw
+
+
+def call(*argv):
+    """(status, stdout, stderr) of cnn_from_scratch's main() in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = c.main([str(a) for a in argv])
+        except SystemExit as e:  # argparse
+            status = e.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def contents(folder):
+    """Name, bytes and time of every file."""
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(Path(folder).iterdir())}
+
+
+def offline():
+    return mock.patch.object(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+
+
+def same_run(a, b):
+    """Whether two run folders hold the same bits but for times and the command."""
+    figures, logs = [], []
+    for out in (Path(a), Path(b)):
+        metrics = json.loads((out / "metrics.json").read_text())
+        figures.append({k: v for k, v in metrics.items() if "seconds" not in k and k != "command"})
+        rows = csv.DictReader(io.StringIO((out / "log.csv").read_text()))
+        logs.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
+    files = [(Path(out) / "best.pt").read_bytes() for out in (a, b)]
+    return figures[0] == figures[1] and logs[0] == logs[1] and files[0] == files[1]
+
+
+# ---------------------------------------------------------------------------------------------- layers
+
+
+class Gradients(Case):
+    """Against autograd, float64; every case also checks that inputs stay as they are, and memory order."""
+
+    def check(self, name, count):
+        off, where = worst(CASES[name], count, self.rng, **kind())
+        self.say(f"{name}, {count} cases: worst relative error {off:.1e}")
+        self.assertLessEqual(off, 1e-12, where)
+
+    def test_linear(self):
+        self.check("linear", 200)
+
+    def test_conv2d(self):
+        self.check("conv2d", 400)
+
+    def test_relu(self):
+        self.check("relu", 200)
+
+    def test_maxpool2d(self):
+        self.check("maxpool2d", 400)
+
+    def test_flatten(self):
+        self.check("flatten", 100)
+
+    def test_cross_entropy(self):
+        self.check("cross entropy", 300)
+
+    def test_ties(self):
+        """Constant input, and what a ReLU leaves: each window's first maximum gets all of the gradient."""
+        off, count = 0.0, 0
+        for kernel, stride, padding in (
+            (2, None, 0),
+            (3, 2, 1),
+            (3, 1, 1),
+            ((2, 3), (1, 2), (1, 0)),
+            (4, 3, 2),
+        ):
+            for x in (torch.zeros(2, 3, 8, 9), torch.ones(2, 3, 8, 9), torch.randn(2, 3, 8, 9).clamp_min(0)):
+                for how in (*DENSE, "sliced"):
+                    off = max(off, compare(*pool(kernel, stride, padding), arrange(x.double(), how)))
+                    count += 1
+        self.within(1e-12, off, f"{count} poolings of equal numbers")
+
+    def test_rest_of_stride(self):
+        """Rows and columns that no window reaches get zero."""
+        off = 0.0
+        for size in range(5, 12):
+            x = torch.randn(2, 2, size, 16 - size, dtype=torch.float64)
+            off = max(off, compare(*pool(2, 3), x), compare(*pool(3, 2), x), compare(*pool(1, 3), x))
+            for kernel, stride in ((1, 2), (2, 3), (3, 2), (4, 4)):
+                off = max(off, compare(*conv(2, 3, kernel, stride=stride, **kind()), x))
+        self.within(1e-12, off, "49 strides that leave a remainder or skip pixels")
+
+    def test_network(self):
+        """build_cnn() against torch.nn with the same weights, loss and all."""
+        model = c.build_cnn(**kind())
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)  # biases not zero
+        off = 0.0
+        for N in (1, 5, 64):
+            x, y = torch.randn(N, 1, 28, 28, dtype=torch.float64), torch.randint(10, (N,))
+            net, ideal = to_torch(model), x.clone().requires_grad_()
+            want = F.cross_entropy(net(ideal), y)
+            want.backward()
+            criterion, logits = c.CrossEntropy(), model(x)
+            loss = criterion(logits, y)
+            criterion.backward()
+            model.backward(logits)
+            theirs = [p.grad for p in net.parameters()]
+            theirs[4] = theirs[4].t()
+            pairs = [(p.g, w) for p, w in zip(model.parameters(), theirs)]
+            off = max(off, *(error(a, b) for a, b in (*pairs, (loss, want), (x.g, ideal.grad))))
+        self.within(1e-12, off, "whole network, batches of 1, 5, 64")
+
+    def test_finite_differences(self):
+        """Central differences of (out · g) along random directions of the input and of every parameter."""
+        off, h, count = 0.0, 1e-6, 0
+        for layer, _, x in small_layers():
+            out = layer(x)
+            g = out.g = torch.randn_like(out)
+            layer.backward()
+            for t in (x, *layer.parameters()):
+                analytic, held = t.g.clone(), t.clone()
+                for _ in range(5):
+                    d = torch.randn_like(t)
+                    t.copy_(held + h * d)
+                    up = float(layer(x).mul(g).sum())
+                    t.copy_(held - h * d)
+                    down = float(layer(x).mul(g).sum())
+                    t.copy_(held)
+                    want = float((analytic * d).sum())
+                    off = max(off, abs((up - down) / (2 * h) - want) / max(1, abs(want)))
+                    count += 1
+        self.within(1e-7, off, f"{count} central differences")
+
+    def test_float32(self):
+        """Within float32's rounding of float64."""
+        found = {n: worst(f, 100, self.rng, **kind(torch.float32))[0] for n, f in CASES.items()}
+        self.say(", ".join(f"{name} {off:.0e}" for name, off in found.items()))
+        self.assertLess(max(found.values()), 5e-6)
+
+    def test_float32_network(self):
+        """The real sizes, where other product kernels work than for the small cases."""
+        exact, model = c.build_cnn(**kind()), c.build_cnn(**kind(torch.float32))
+        for p, q in zip(exact.parameters(), model.parameters()):
+            p.copy_(q)
+        off = 0.0
+        for N in (1, 64, 640):
+            images, y = torch.randint(256, (N, 28, 28), dtype=torch.uint8), torch.randint(10, (N,))
+            x = c.to_input(images)
+            ours, want = step(model, x, y), step(exact, x.double(), y)
+            off = max(off, *(error(a, b) for a, b in zip(ours[1], want[1])), error(ours[2], want[2]))
+        self.within(1e-5, off, "float32, batches of 1, 64, 640")
+
+
+class Devices(Case):
+    def on(self, device, dtypes):
+        for dtype, limit in dtypes:
+            found = {n: worst(f, 60, self.rng, **kind(dtype, device))[0] for n, f in CASES.items()}
+            self.say(f"{dtype}: " + ", ".join(f"{name} {off:.0e}" for name, off in found.items()))
+            self.assertLess(max(found.values()), limit)
+
+    @unittest.skipUnless(torch.cuda.is_available(), "no CUDA device here")
+    def test_cuda(self):
+        self.on("cuda", ((torch.float64, 1e-12), (torch.float32, 5e-6)))
+
+    @unittest.skipUnless(torch.backends.mps.is_available(), "no MPS device here")
+    def test_mps(self):
+        self.on("mps", ((torch.float32, 5e-6),))
+
+    def test_defaults(self):
+        """As torch.nn: DEVICE and the default dtype, unless told otherwise."""
+        made = []
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            try:
+                made += [(dtype, p) for p in (*c.Linear(2, 3).parameters(), *c.Conv2D(1, 2, 3).parameters())]
+                made += [(dtype, p) for p in c.build_cnn().parameters()]
+            finally:
+                torch.set_default_dtype(torch.float32)
+        self.assertTrue(all(p.dtype == dtype and p.device.type == c.DEVICE.type for dtype, p in made))
+        self.assertEqual(c.DEVICE.type, "cuda" if torch.cuda.is_available() else "cpu")
+        told = c.build_cnn("cpu", torch.float64).parameters()
+        self.assertTrue(all(p.dtype == torch.float64 and p.device.type == "cpu" for p in told))
+        self.say(f"{len(made)} parameters follow default dtype and {c.DEVICE}")
+
+
+class Layers(Case):
+    def test_shapes(self):
+        """Outputs and parameters; MNIST's net layer by layer."""
+        shapes, x = [], torch.randn(5, 1, 28, 28).to(c.DEVICE)
+        model = c.build_cnn()
+        for layer in model.layers:
+            x = layer(x)
+            shapes.append(tuple(x.shape[1:]))
+        want = [(8, 28, 28), (8, 28, 28), (8, 14, 14), (16, 14, 14), (16, 14, 14), (16, 7, 7), (784,), (10,)]
+        self.assertEqual((shapes, len(x)), (want, 5))
+        held = [tuple(p.shape) for p in model.parameters()]
+        self.assertEqual(held, [(8, 1, 3, 3), (8,), (16, 8, 3, 3), (16,), (784, 10), (10,)])
+        self.assertEqual(sum(p.numel() for p in model.parameters()), 9098)
+        self.assertIsNone(c.Conv2D(1, 2, 3, bias=False).b)
+        self.say("9,098 parameters, eight layers as specified")
+
+    def test_empty_batch(self):
+        """Passes through as in torch: outputs [0, ...], parameter gradients of zeros, loss not a number."""
+        for layer, reference, x in small_layers():
+            x = x[:0]
+            self.assertEqual(compare(layer, reference, x), 0)
+            self.assertTrue(all(bool((p.g == 0).all()) for p in layer.parameters()))
+        model, y = c.build_cnn(**kind()), torch.zeros(0, dtype=torch.long)
+        loss, gradients, logits = step(model, torch.randn(0, 1, 28, 28, dtype=torch.float64), y)
+        self.assertEqual((tuple(logits.shape), math.isnan(loss)), ((0, 10), True))
+        self.assertTrue(math.isnan(F.cross_entropy(logits, y)))
+        self.assertTrue(all(bool((g == 0).all()) for g in gradients))
+        self.say("9 layers, whole network: zero gradients; loss nan like torch's")
+
+    def test_large_logits(self):
+        """±1e4, each row with another maximum: finite, and equal to float64's."""
+        logits = torch.randn(64, 10).mul(1e4)
+        logits[:8] += torch.arange(8)[:, None] * 1e4  # one maximum for all rows would underflow here
+        y, criterion = torch.randint(10, (64,)), c.CrossEntropy()
+        off = 0.0
+        for x in (logits, logits.double()):
+            loss = criterion(x, y)
+            criterion.backward()
+            ideal = x.detach().double().requires_grad_()
+            want = F.cross_entropy(ideal, y)
+            want.backward()
+            off = max(off, error(loss, want), error(x.g, ideal.grad))
+        self.say(f"loss {float(loss):.1f}, finite, worst relative error {off:.1e}")
+        self.assertLess(off, 1e-6)
+
+    def test_target_types(self):
+        logits, y = torch.randn(6, 10, dtype=torch.float64), torch.tensor([3, 0, 9, 9, 1, 5])
+        names = "uint8 int8 int16 int32 int64 uint16 uint32 uint64".split()
+        for name in names:
+            criterion = c.CrossEntropy()
+            loss = criterion(logits, y.to(getattr(torch, name)))
+            criterion.backward()
+            if name == "uint8":
+                first = float(loss), logits.g
+            self.assertEqual(float(loss), first[0])
+            self.assertTrue(torch.equal(logits.g, first[1]))
+        self.say(f"{', '.join(names)}: the same")
+
+    def test_assigned_not_accumulated(self):
+        """A second backward() gives the same numbers, not twice as much; also over stale gradients."""
+        for layer, _, x in small_layers():
+            out = layer(x)
+            out.g = torch.randn_like(out)
+            layer.backward()
+            first = [t.g.clone() for t in (x, *layer.parameters())]
+            layer.backward()
+            self.assertTrue(all(torch.equal(t.g, g) for t, g in zip((x, *layer.parameters()), first)))
+        logits, criterion = torch.randn(4, 10), c.CrossEntropy()
+        criterion(logits, torch.arange(4))
+        criterion.backward()
+        first = logits.g.clone()
+        criterion.backward()
+        self.assertTrue(torch.equal(logits.g, first))
+        self.say("10 layers, backward() twice: the same gradients")
+
+    def test_perturbed_in_place(self):
+        """The same tensors with other numbers: nothing is remembered by identity."""
+        off = 0.0
+        for layer, reference, x in small_layers():
+            off = max(off, compare(layer, reference, x))
+            for t in (x, *layer.parameters()):
+                t.normal_()
+                off = max(off, compare(layer, reference, x))
+                with torch.no_grad():
+                    t.data.view(-1)[0] += 1e-3
+                off = max(off, compare(layer, reference, x))
+        self.within(1e-12, off, "9 layers, x and parameters changed in place")
+
+    def test_nothing_held_changes(self):
+        """Outputs and gradients that a caller keeps survive later calls of any batch size."""
+        count = 0
+        for layer, _, x in small_layers():
+            kept, copies = [], []
+            for n in (3, 3, 1, 7, 3, 0, 3):
+                x = torch.randn(n, *x.shape[1:], dtype=x.dtype)
+                out = layer(x)
+                out.g = torch.randn_like(out)
+                layer.backward()
+                new = [x, out, out.g, x.g, *layer.parameters(), *(p.g for p in layer.parameters())]
+                kept += new
+                copies += [t.clone() for t in new]
+                count += len(new)
+            self.assertTrue(all(map(torch.equal, kept, copies)), type(layer).__name__)
+        self.say(f"{count} tensors unchanged by later calls")
+
+    def test_output_is_not_input(self):
+        """Writing into an output does not reach the input (Flatten's may be a view, as in torch)."""
+        for layer, _, x in small_layers():
+            if not isinstance(layer, c.Flatten):
+                before = x.clone()
+                layer(x).fill_(7)
+                self.assertTrue(torch.equal(x, before), type(layer).__name__)
+        self.say("8 layers")
+
+    def test_late_backward(self):
+        """bwd(out1, x1) after a forward on x2 (same size, other size, same tensor) is still right."""
+        off, count = 0.0, 0
+        for layer, reference, x1 in small_layers():
+            params = layer.parameters()
+            for between in (1, 3, 5):
+                x2 = torch.randn(between, *x1.shape[1:], dtype=x1.dtype)
+                out1, out2 = layer(x1), layer(x2)
+                for out, x in ((out1, x1), (out2, x2), (out1, x1)):
+                    out.g = torch.randn_like(out)
+                    layer.bwd(out, x)
+                    ideal = [t.detach().clone().requires_grad_() for t in (x, *params)]
+                    reference(*ideal).backward(out.g)
+                    off = max(off, *(error(t.g, i.grad) for t, i in zip((x, *params), ideal)))
+                    count += 1
+        criterion, logits = c.CrossEntropy(), [torch.randn(4, 10).double() for _ in range(2)]
+        targets = [torch.randint(10, (4,)) for _ in range(2)]
+        losses = [criterion(x, y) for x, y in zip(logits, targets)]
+        criterion.bwd(losses[0], logits[0], targets[0])
+        ideal = logits[0].clone().requires_grad_()
+        F.cross_entropy(ideal, targets[0]).backward()
+        off = max(off, error(logits[0].g, ideal.grad))
+        self.within(1e-12, off, f"{count + 1} late bwd(out, x)")
+
+    def test_type_change(self):
+        """Workspaces follow the parameters when these are replaced by others of another type."""
+        layer, reference = conv(2, 3, 3, padding=1, **kind(torch.float32))
+        off32 = compare(layer, reference, torch.randn(2, 2, 5, 5))
+        layer.W, layer.b = layer.W.double(), layer.b.double()
+        off64 = compare(layer, reference, torch.randn(2, 2, 5, 5, dtype=torch.float64))
+        self.say(f"float32 {off32:.0e}, then float64 {off64:.0e}")
+        self.assertTrue(off32 < 1e-5 and off64 < 1e-12)
+
+    def test_sizes_change(self):
+        """One layer on images of changing size: the border of the padding stays zero."""
+        layer, reference = conv(2, 3, 3, padding=(1, 2), **kind())
+        sizes = [
+            (self.rng.randint(1, 4), 2, self.rng.randint(3, 7), self.rng.randint(3, 7)) for _ in range(40)
+        ]
+        off = max(compare(layer, reference, torch.randn(*s, dtype=torch.float64)) for s in sizes)
+        self.within(1e-12, off, "40 sizes through one Conv2D")
+
+
+class NoAutograd(Case):
+    """Nothing of torch's autograd, nor its kernels for these layers, in the script or at work."""
+
+    def test_source(self):
+        tree = ast.parse(Path(c.__file__).read_text())
+        docs = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+        words, functional = [], set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                words.append(node.attr)
+                if isinstance(node.value, ast.Name) and node.value.id == "F":
+                    functional.add(node.attr)
+            elif isinstance(node, ast.Name):
+                words.append(node.id)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                words += [getattr(node, "module", None) or "", *(a.name for a in node.names)]
+            elif isinstance(node, (ast.keyword, ast.arg)):
+                words.append(node.arg or "")
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+                words += re.findall(r"[\w.]+", node.value)
+        banned = re.compile(
+            r"autograd|requires_grad|enable_grad|grad_fn|^grad$|functorch|^torch\.func|vjp|jvp|_backward|"
+            r"backward_|conv\d?d$|conv_|convolution|max_pool|avg_pool|cross_entropy|nll|log_softmax|"
+            r"^torch\.optim|^optim$"
+        )
+        found = sorted({w for w in words if banned.search(w)})
+        self.say(
+            f"{len(set(words))} names, banned: {found or 'none'}; torch.nn.functional: {sorted(functional)}"
+        )
+        self.assertEqual(found, [])
+        self.assertLessEqual(functional, {"pad", "interpolate"})
+
+    def test_kernels(self):
+        """Every kernel that a training step calls, by its name."""
+        seen = set()
+
+        class Record(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                seen.add(func.overloadpacket.__name__)
+                return func(*args, **(kwargs or {}))
+
+        model = c.build_cnn(**kind(torch.float32))
+        sgd = c.SGD(model.parameters(), 0.1, 0.9, True, 5e-4)
+        with Record():
+            step(model, torch.randn(4, 1, 28, 28), torch.arange(4))
+            sgd.step()
+        banned = sorted(k for k in seen if re.search(r"conv|pool|backward|softmax|nll|entropy|threshold", k))
+        self.say(f"{len(seen)} kernels in a step, banned: {banned or 'none'}")
+        self.assertEqual(banned, [])
+        self.assertGreater(len(seen), 10)
+
+    def test_nothing_requires_grad(self):
+        """With autograd on, as it is by default, and with it off: the same, and nothing requires grad."""
+        self.assertTrue(torch.is_grad_enabled())
+        model = c.build_cnn(**kind())
+        x, y = torch.randn(4, 1, 28, 28, dtype=torch.float64), torch.arange(4)
+        on = step(model, x, y)
+        with torch.no_grad():
+            off = step(model, x, y)
+        for a, b in zip((on[0], *on[1], on[2]), (off[0], *off[1], off[2])):
+            self.assertTrue(torch.equal(a, b))
+            self.assertFalse(a.requires_grad)
+        held = [v for layer in model.layers for v in vars(layer).values() if isinstance(v, torch.Tensor)]
+        self.assertFalse(any(t.requires_grad or t.grad_fn is not None for t in held))
+        self.say("the same with torch.no_grad()")
+
+    def test_input_requires_grad(self):
+        """A checker may hand in a tensor that it also differentiates with autograd."""
+        for layer, reference, x in small_layers():
+            ideal = x.clone().requires_grad_()
+            name = type(layer).__name__
+            try:
+                out = layer(ideal)
+                out.g = torch.randn(out.shape, dtype=out.dtype)
+                layer.backward()
+            except RuntimeError as e:
+                self.fail(f"{name}: {e}")
+            self.assertFalse(out.requires_grad, name)
+            self.assertFalse(ideal.g.requires_grad, name)
+            reference(ideal, *layer.parameters()).backward(out.g)
+            self.assertLessEqual(error(ideal.g, ideal.grad), 1e-12)
+        self.say("9 layers")
+
+
+class Model(Case):
+    def test_input_grad(self):
+        """False leaves the input without a gradient; the parameters' gradients are the same."""
+        model, x, y = c.build_cnn(**kind()), torch.randn(5, 1, 28, 28, dtype=torch.float64), torch.arange(5)
+        gradients = []
+        for wanted in (False, True):
+            criterion, logits = c.CrossEntropy(), model(x)
+            criterion(logits, y)
+            criterion.backward()
+            model.backward(logits, input_grad=wanted)
+            gradients.append([p.g.clone() for p in model.parameters()])
+            self.assertEqual(hasattr(x, "g"), wanted)
+        self.assertTrue(all(map(torch.equal, *gradients)))
+        self.say("six parameter gradients the same to the bit")
+
+    def test_input_grad_once(self):
+        """input_grad=False holds for that one call: the layer by itself gives x.g again."""
+        model, x = c.Sequential(c.Conv2D(1, 2, 3, **kind())), torch.randn(2, 1, 5, 5, dtype=torch.float64)
+        out = model(x)
+        out.g = torch.randn_like(out)
+        model.backward(out, input_grad=False)
+        layer, again = model.layers[0], x.clone()
+        out = layer(again)
+        out.g = torch.randn_like(out)
+        layer.backward()
+        self.assertTrue(hasattr(again, "g"))
+        self.say("the layer alone gives x.g afterwards")
+
+    def test_repeated(self):
+        """A kept loop of the same model over changing batches: each step as a fresh model would do it."""
+        model, count = c.build_cnn(**kind()), 0
+        for n in (4, 4, 1, 6, 4):
+            x, y = torch.randn(n, 1, 28, 28, dtype=torch.float64), torch.randint(10, (n,))
+            fresh = c.build_cnn(**kind())
+            for p, q in zip(fresh.parameters(), model.parameters()):
+                p.copy_(q)
+            a, b = step(model, x, y), step(fresh, x, y)
+            self.assertTrue(all(map(torch.equal, (a[0], *a[1]), (b[0], *b[1]))))
+            c.SGD(model.parameters(), 0.1).step()
+            count += 1
+        self.say(f"{count} steps the same to the bit as a fresh model's")
+
+    def test_sgd(self):
+        """Ten steps against torch.optim.SGD; the third parameter has no gradient, the second only later."""
+        off, settings = 0.0, 0
+        for momentum in (0, 0.9):
+            for nesterov in {False, momentum > 0}:
+                for decay in (0, 0.05):
+                    ours = [torch.randn(4, 3, dtype=torch.float64) for _ in range(3)]
+                    theirs = [p.clone().requires_grad_() for p in ours]
+                    keys = dict(momentum=momentum, nesterov=nesterov, weight_decay=decay)
+                    a, b = c.SGD(ours, 0.1, **keys), torch.optim.SGD(theirs, 0.1, **keys)
+                    for k in range(10):
+                        a.lr = b.param_groups[0]["lr"] = 0.1 / (k + 1)
+                        for p, q in list(zip(ours, theirs))[: 1 if k < 4 else 2]:
+                            p.g = torch.randn_like(p)
+                            q.grad, held = p.g.clone(), p.g.clone()
+                        a.step()
+                        b.step()
+                        self.assertTrue(torch.equal(p.g, held))  # the gradient itself stays as it is
+                    off = max(off, *(error(p, q) for p, q in zip(ours, theirs)))
+                    settings += 1
+        self.within(1e-14, off, f"{settings} settings, 10 steps each")
+
+    def test_initial_weights(self):
+        """Variances 2 / fan_in before a ReLU and 1 / fan_in; biases zero; by seed."""
+        conv_std = float(c.Conv2D(50, 60, 5, **kind()).W.std()) * math.sqrt(50 * 25 / 2)
+        dense_std = float(c.Linear(300, 200, **kind()).w.std()) * math.sqrt(300)
+        self.assertAlmostEqual(conv_std, 1, delta=0.02)
+        self.assertAlmostEqual(dense_std, 1, delta=0.02)
+        models = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            models.append(c.build_cnn().parameters())
+        self.assertTrue(all(map(torch.equal, models[0], models[1])))
+        self.assertFalse(torch.equal(models[0][0], models[2][0]))
+        self.assertTrue(all(bool((b == 0).all()) for b in models[0][1::2]))
+        self.say(f"standard deviations {conv_std:.3f} and {dense_std:.3f} of what is meant")
+
+
+class BadLayerInput(Case):
+    """ValueError (RuntimeError for a missing step) that says what was given and what is expected."""
+
+    def test_messages(self):
+        x, image, loss = torch.randn(2, 3), torch.randn(2, 3, 8, 8), c.CrossEntropy()
+        cpu = {"device": "cpu"}
+        targets = [
+            torch.tensor(t) for t in ([0, 3], [-1, 0], [0.0, 1.0], [0, 1, 2], [[0], [1]], [True, False])
+        ]
+        cases = (
+            (lambda: c.Linear(4, 2, **cpu)(x), "[2, 3]", "4"),
+            (lambda: c.Linear(3, 2, **cpu)(image), "[2, 3, 8, 8]", "3"),
+            (lambda: c.Linear(3, 2, **cpu)(x[0]), "[3]", "3"),
+            (lambda: c.Linear(3, 2, **cpu)(x.double()), "float64", "float32"),
+            (lambda: c.Linear(0, 2), "in_features is 0", "at least 1"),
+            (lambda: c.Linear(2, -1), "out_features is -1", "at least 1"),
+            (lambda: c.Conv2D(4, 2, 3, **cpu)(image), "[2, 3, 8, 8]", "4"),
+            (lambda: c.Conv2D(3, 2, 3, **cpu)(image[0]), "[3, 8, 8]", "3"),
+            (lambda: c.Conv2D(3, 2, 3, **cpu)(image.double()), "float64", "float32"),
+            (lambda: c.Conv2D(3, 2, 3, **cpu)(image.tolist()), "list", "3"),
+            (lambda: c.Conv2D(3, 2, 9, **cpu)(image), "(9, 9)", "(8, 8)"),
+            (lambda: c.Conv2D(3, 2, (3, 11), padding=1, **cpu)(image), "(3, 11)", "(10, 10)"),
+            (lambda: c.Conv2D(0, 2, 3), "in_channels is 0", "at least 1"),
+            (lambda: c.Conv2D(2, 0, 3), "out_channels is 0", "at least 1"),
+            (lambda: c.Conv2D(1, 2, 0), "kernel_size is 0", "at least 1"),
+            (lambda: c.Conv2D(1, 2, 2.5), "kernel_size is 2.5", "int"),
+            (lambda: c.Conv2D(1, 2, (1, 2, 3)), "kernel_size is (1, 2, 3)", "pair"),
+            (lambda: c.Conv2D(1, 2, 3, stride=0), "stride is 0", "at least 1"),
+            (lambda: c.Conv2D(1, 2, 3, stride=(1, -1)), "stride is (1, -1)", "at least 1"),
+            (lambda: c.Conv2D(1, 2, 3, padding=-1), "padding is -1", "at least 0"),
+            (lambda: c.MaxPool2D(0), "kernel_size is 0", "at least 1"),
+            (lambda: c.MaxPool2D(2, stride=0), "stride is 0", "at least 1"),
+            (lambda: c.MaxPool2D(2, padding=-1), "padding is -1", "at least 0"),
+            (lambda: c.MaxPool2D(3, padding=2), "padding 2", "half of the kernel 3"),
+            (lambda: c.MaxPool2D((4, 2), padding=(2, 2)), "padding (2, 2)", "half of the kernel (4, 2)"),
+            (lambda: c.MaxPool2D(9)(image), "(9, 9)", "(8, 8)"),
+            (lambda: c.MaxPool2D(2)(image[0]), "[3, 8, 8]", "any"),
+            (lambda: c.Flatten()(x[0]), "[3]", "two dimensions"),
+            (lambda: loss(x[0], targets[0]), "[3]", "any"),
+            (lambda: loss(image, targets[0]), "[2, 3, 8, 8]", "any"),
+            (lambda: loss(x, targets[0]), "0 to 3", "0 to 2"),
+            (lambda: loss(x, targets[1]), "-1 to 0", "0 to 2"),
+            (lambda: loss(x, targets[2]), "float32", "integer"),
+            (lambda: loss(x, targets[3]), "[3]", "[2]"),
+            (lambda: loss(x, targets[4]), "[2, 1]", "[2]"),
+            (lambda: loss(x, targets[5]), "bool", "integer"),
+            (lambda: c.SGD([], -0.1), "lr is -0.1", "at least 0"),
+            (lambda: c.SGD([], math.nan), "lr is nan", "at least 0"),
+            (lambda: c.SGD([], 0.1, momentum=-1), "momentum is -1", "at least 0"),
+            (lambda: c.SGD([], 0.1, weight_decay=-1), "weight_decay is -1", "at least 0"),
+            (lambda: c.SGD([], 0.1, nesterov=True), "nesterov", "momentum"),
+        )
+        for k, (act, given, expected) in enumerate(cases):
+            with self.subTest(case=k, given=given):
+                with self.assertRaises(ValueError) as caught:
+                    act()
+                self.assertIn(given, str(caught.exception))
+                self.assertIn(expected, str(caught.exception))
+        self.say(f"{len(cases)} clear messages, such as {str(caught.exception)!r}")
+
+    def test_steps_out_of_order(self):
+        """backward() before a forward, without out.g, with out.g of another shape."""
+        for layer, _, x in small_layers():
+            with self.assertRaisesRegex(RuntimeError, type(layer).__name__):
+                layer.backward()
+            out = layer(x)
+            with self.assertRaisesRegex(RuntimeError, r"out\.g"):
+                layer.backward()
+            out.g = torch.randn(1, *out.shape)
+            with self.assertRaisesRegex(ValueError, re.escape(str(list(out.shape)))):
+                layer.backward()
+        with self.assertRaisesRegex(RuntimeError, "CrossEntropy"):
+            c.CrossEntropy().backward()
+        with self.assertRaisesRegex(RuntimeError, "Sequential"):
+            c.build_cnn().backward(torch.randn(2, 10))
+        self.say("29 clear messages")
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+class Data(Case):
+    def test_digits(self):
+        (images, labels), (test, test_labels) = c.load_digits()
+        self.assertEqual((images.shape, test.shape), ((1437, 28, 28), (360, 28, 28)))
+        self.assertEqual((images.dtype, labels.dtype, test.dtype), (torch.uint8, torch.int64, torch.uint8))
+        again = c.load_digits()[0][0]
+        self.assertTrue(torch.equal(images, again))
+        self.assertEqual(sorted(set(labels.tolist()) | set(test_labels.tolist())), list(range(10)))
+        self.say(f"1,437 and 360 images, levels {int(images.min())} to {int(images.max())}")
+
+    def test_mnist_files(self):
+        """What is read is what was written."""
+        raw = write_mnist(self.tmp / "data", 50, 20)
+        with offline():
+            (images, labels), (test, _) = c.load_mnist(self.tmp / "data")
+        want = np.frombuffer((raw / "train-images-idx3-ubyte").read_bytes()[16:], np.uint8).reshape(
+            50, 28, 28
+        )
+        np.testing.assert_array_equal(images.numpy(), want)
+        np.testing.assert_array_equal(
+            labels.numpy(), np.frombuffer((raw / "train-labels-idx1-ubyte").read_bytes()[8:], np.uint8)
+        )
+        self.assertEqual((len(test), labels.dtype), (20, torch.int64))
+        self.say("50 and 20 images, as written")
+
+    def test_split(self):
+        part = torch.arange(1003), torch.arange(1003)
+        train, val = c.split(part, 0)
+        self.assertEqual((len(train[0]), len(val[0])), (903, 100))
+        self.assertEqual(len(torch.cat([train[0], val[0]]).unique()), 1003)
+        self.assertTrue(torch.equal(*train) and torch.equal(*val))  # images and labels go together
+        torch.manual_seed(99)  # the split has a generator of its own
+        self.assertTrue(torch.equal(val[0], c.split(part, 0)[1][0]))
+        self.assertFalse(torch.equal(val[0], c.split(part, 1)[1][0]))
+        self.say("903 / 100, disjoint, by its own seed")
+
+    def test_input(self):
+        images = torch.randint(256, (7, 28, 28), dtype=torch.uint8)
+        x = c.to_input(images)
+        off = error(x, (images[:, None].double() / 255 - 0.1307) / 0.3081)
+        self.assertEqual((x.dtype, tuple(x.shape), x.stride(0)), (torch.float32, (7, 1, 28, 28), 1))
+        self.within(1e-6, off, "scaled, batch innermost")
+
+    def test_batches(self):
+        """Every sample once, with its label; moved by at most one pixel, all nine ways; zeros move in."""
+        n = 450
+        images = torch.zeros(n, 28, 28, dtype=torch.uint8)
+        images[torch.arange(n), 3 + torch.arange(n) // 20, 4 + torch.arange(n) % 20] = (
+            255  # each its own place
+        )
+        moves, seen = set(), []
+        for shift in (0, 1):
+            seen.clear()
+            sizes = []
+            for x, y in c.batches(images, torch.arange(n), 64, torch.Generator().manual_seed(0), shift):
+                rows = (x[:, 0] > 0).nonzero()
+                self.assertEqual(len(rows), len(y))
+                d = rows[:, 1:] - torch.stack([3 + y // 20, 4 + y % 20], 1)
+                self.assertLessEqual(int(d.abs().max()), shift)
+                moves |= {tuple(m) for m in d.tolist()}
+                sizes.append(len(y))
+                seen.extend(y.tolist())
+            self.assertEqual((sorted(seen), sizes), (list(range(n)), [64] * 7 + [2]))
+            self.assertNotEqual(seen, sorted(seen))
+        self.assertEqual(len(moves), 9)
+        edge = torch.full((100, 28, 28), 255, dtype=torch.uint8)
+        x, _ = next(c.batches(edge, torch.arange(100), 100, torch.Generator().manual_seed(0), 1))
+        dark = (c.to_input(edge[:1] * 0).flatten()[0] == x[:, 0]).sum((1, 2))
+        self.assertLessEqual({int(v) for v in dark}, {0, 28, 55})  # unmoved, one side, a corner
+        self.say(f"450 samples once each, last batch of 2, {len(moves)} moves")
+
+    def test_learning_rate(self):
+        rates = [c.learning_rate(k, 100, 0.3, "onecycle") for k in range(100)]
+        top = rates.index(max(rates))
+        self.assertAlmostEqual(rates[top], 0.3)
+        self.assertTrue(5 <= top < 50 and 0 < rates[-1] < 0.01)
+        self.assertTrue(all(a < b for a, b in itertools.pairwise(rates[: top + 1])))
+        self.assertTrue(all(a > b for a, b in itertools.pairwise(rates[top + 1 :])))
+        for steps in (1, 2, 3):
+            few = [c.learning_rate(k, steps, 0.3, "onecycle") for k in range(steps)]
+            self.assertTrue(all(0 < r <= 0.3 + 1e-12 for r in few))
+        self.assertEqual({c.learning_rate(k, 100, 0.3, "constant") for k in range(100)}, {0.3})
+        self.say(f"up to {rates[top]} at {top + 1} of 100 steps, down to {rates[-1]:.4f}")
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+class Training(Case):
+    def test_overfit_one_batch(self):
+        images, labels = (t[:64] for t in c.load_digits()[0])
+        model, x, losses = c.build_cnn(**kind(torch.float32)), c.to_input(images), []
+        sgd = c.SGD(model.parameters(), 0.05, 0.9, True)
+        for _ in range(60):
+            loss, _, logits = step(model, x, labels)
+            sgd.step()
+            losses.append(float(loss))
+        accuracy = float((logits.argmax(1) == labels).double().mean())
+        self.say(f"64 digits, 60 steps: loss {losses[0]:.2f} -> {losses[-1]:.4f}, accuracy {accuracy:.0%}")
+        self.assertEqual(accuracy, 1)
+        self.assertLess(losses[-1], 0.05)
+
+    def test_epochs(self):
+        """Three epochs of the digits through train_epoch(): the loss falls every time."""
+        train, test = c.load_digits()
+        model, losses = c.build_cnn(**kind(torch.float32)), []
+        sgd, generator = c.SGD(model.parameters(), 0, 0.9, True, 5e-4), torch.Generator().manual_seed(0)
+        for _ in range(3):
+            data = c.batches(*train, 64, generator, 1)
+            losses.append(c.train_epoch(model, sgd, data, [0.02] * 23, lambda k: None)[0])
+        _, accuracy, logits = c.evaluate(model, *test)
+        self.assertEqual(losses, sorted(losses, reverse=True))
+        self.assertGreater(accuracy, 0.85)
+        self.assertEqual(tuple(logits.shape), (360, 10))
+        self.say(f"train loss {' '.join(f'{v:.3f}' for v in losses)}, test accuracy {accuracy:.1%}")
+
+    def test_same_as_torch(self):
+        """An epoch in float64 against the same loop with torch.nn, autograd and torch.optim: same weights."""
+        images, labels = (t[:300] for t in c.load_digits()[0])
+        model = c.build_cnn(**kind())
+        net = to_torch(model)
+        theirs = torch.optim.SGD(net.parameters(), 0.05, 0.9, nesterov=True, weight_decay=5e-4)
+        ours = c.SGD(model.parameters(), 0.05, 0.9, True, 5e-4)
+        data = [
+            (x.double(), y) for x, y in c.batches(images, labels, 32, torch.Generator().manual_seed(0), 1)
+        ]
+        loss, _ = c.train_epoch(model, ours, iter(data), [0.05] * len(data), lambda k: None)
+        total = 0.0
+        for x, y in data:
+            theirs.zero_grad()
+            each = F.cross_entropy(net(x), y)
+            each.backward()
+            theirs.step()
+            total += float(each.detach()) * len(y)
+        weights = [p.detach() for p in net.parameters()]
+        weights[4] = weights[4].t()
+        off = max(error(a, b) for a, b in zip(model.parameters(), weights))
+        self.assertAlmostEqual(loss, total / 300, places=10)  # the smaller last batch counts as what it is
+        self.within(1e-10, off, f"weights after {len(data)} steps")
+
+    def test_best_is_a_copy(self):
+        """fit() returns the weights of the best epoch, not what training made of them later."""
+        args = c.parse(["--epochs", "3", "--batch-size", "64", "--device", "cpu"])
+        part = tuple(t[:128] for t in c.load_digits()[0])
+        model, seen = c.build_cnn("cpu"), []
+
+        def falling(model, *_):
+            seen.append([p.clone() for p in model.parameters()])
+            return 1.0, (0.5, 0.9, 0.9)[len(seen) - 1], None  # of equals, the first
+
+        with mock.patch.object(c, "evaluate", falling), contextlib.redirect_stdout(io.StringIO()):
+            (accuracy, epoch, weights), log, _ = c.fit(model, part, part, args)
+        self.assertEqual((accuracy, epoch, [row["best"] for row in log]), (0.9, 2, [1, 1, 0]))
+        self.assertTrue(all(map(torch.equal, weights.values(), seen[1])))
+        self.assertFalse(torch.equal(next(iter(weights.values())), seen[2][0]))
+        self.say("epoch 2 of 3 kept as it was")
+
+    def test_not_a_number(self):
+        """The step is named, within 100 steps of its coming."""
+        good, y = torch.randn(2, 1, 28, 28), torch.tensor([0, 1])
+        for bad in (1, 3, 130):
+            data = ((good * math.nan if k == bad else good, y) for k in range(1, 1001))
+            model = c.build_cnn(**kind(torch.float32))
+            sgd = c.SGD(model.parameters(), 0)
+            with self.assertRaisesRegex(FloatingPointError, rf"step {bad}\b"):
+                c.train_epoch(model, sgd, data, [0.0] * 1000, lambda k: None)
+            self.assertLess(1000 - len(list(data)), 231)
+        self.say("named at steps 1, 3, 130")
+
+
+# ---------------------------------------------------------------------------------------------- the run
+
+
+class Run(Case):
+    """The command line, in this process, on 400 + 100 images in MNIST's files."""
+
+    threads = torch.get_num_threads()  # as a user has it
+    FILES = frozenset({"args.json", "log.csv", "metrics.json", "best.pt", *c.PICTURES})
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.raw = write_mnist(cls.tmp / "data")
+        cls.flags = ["--dataset", "mnist", "--data-dir", cls.tmp / "data", "--device", "cpu", "--epochs", 2]
+        cls.out = cls.tmp / "made" / "run"  # its parents do not exist
+        cls.status, cls.text, cls.errors = call(*cls.flags, "--lr", 0.05, "--out", cls.out)
+
+    def quick(self, *argv):
+        """call() without the pictures, which take longer than the rest."""
+        with mock.patch.object(c, "pictures"):
+            return call(*self.flags, *argv)
+
+    def test_files(self):
+        self.assertEqual((self.status, self.errors), (0, ""))
+        self.assertEqual({p.name for p in self.out.iterdir()}, self.FILES)
+        m = json.loads((self.out / "metrics.json").read_text())
+        want = dict(dataset="mnist", seed=0, epochs=2, batch_size=64, samples_per_epoch=360)
+        want |= dict(trainable_params=9098, torch=torch.__version__)
+        self.assertEqual({k: m[k] for k in want}, want)
+        self.assertTrue(all(0 <= m[k] <= 1 for k in ("val_accuracy", "test_accuracy")))
+        self.assertTrue(0 < m["train_seconds"] < m["total_seconds"] and 0 < m["test_loss"] < 10)
+        self.assertTrue(m["device"] and m["git_commit"])
+        args = json.loads((self.out / "args.json").read_text())
+        self.assertEqual((args["lr"], args["epochs"], args["dataset"]), (0.05, 2, "mnist"))
+        rows = list(csv.DictReader(io.StringIO((self.out / "log.csv").read_text())))
+        self.assertEqual([row["epoch"] for row in rows], ["1", "2"])
+        self.assertEqual(max(float(row["val_accuracy"]) for row in rows), m["val_accuracy"])
+        self.assertTrue(all(math.isfinite(float(v)) for row in rows for v in row.values()))
+        self.assertIn(f"accuracy {m['test_accuracy']:.2%}", self.text.splitlines()[-1])
+        self.say(self.text.splitlines()[-1])
+
+    def test_printed(self):
+        """One line per epoch; nothing live where no terminal is, a live line where one is."""
+        self.assertNotRegex(self.text, "[\r\033]")
+        epochs = [line for line in self.text.splitlines() if line.startswith("epoch ")]
+        figures = r"loss \d\.\d{4} acc +[\d.]+% \| "
+        line = rf"epoch +\d+/2 \| train {figures}val {figures}lr [\de.-]+ \| "
+        self.assertEqual(len(epochs), 2)
+        for text in epochs:
+            self.assertRegex(text, line)
+        with contextlib.redirect_stdout(io.StringIO()) as terminal:
+            terminal.isatty = lambda: True
+            c.live("running")
+        self.assertEqual(terminal.getvalue(), "\r\033[Krunning")
+        self.say(epochs[-1])
+
+    def test_weights(self):
+        """best.pt loads with weights_only, and gives the test accuracy that the run reports."""
+        weights = torch.load(self.out / "best.pt", weights_only=True)
+        self.assertEqual(sum(w.numel() for w in weights.values()), 9098)
+        model = c.build_cnn("cpu")
+        c.load_weights(self.out / "best.pt", model)
+        _, test = c.load_mnist(self.tmp / "data")
+        loss, accuracy, _ = c.evaluate(model, *test)
+        m = json.loads((self.out / "metrics.json").read_text())
+        self.assertEqual(accuracy, m["test_accuracy"])
+        self.assertAlmostEqual(loss, m["test_loss"], places=6)
+        self.say(f"{', '.join(weights)}: accuracy {accuracy:.2%} again")
+
+    def test_pictures(self):
+        sizes = []
+        for name in c.PICTURES:
+            with Image.open(self.out / name) as picture:
+                low, high = picture.convert("L").getextrema()
+                self.assertEqual((picture.format, high - low > 100), ("PNG", True), name)
+                self.assertTrue(all(200 <= n <= 3000 for n in picture.size), name)
+                sizes.append("{}x{}".format(*picture.size))
+        self.say(", ".join(sizes))
+
+    def test_second_call(self):
+        """The same command again says so, and touches nothing."""
+        before, clock = contents(self.out), time.perf_counter()
+        status, text, _ = call(*self.flags, "--lr", 0.05, "--out", self.out)
+        seconds = time.perf_counter() - clock
+        self.assertEqual((status, text.count("\n"), contents(self.out)), (0, 1, before))
+        self.assertIn("finished", text)
+        self.assertLess(seconds, 0.5)
+        self.say(f"{text.split(':')[0]}; {1000 * seconds:.1f} ms")
+
+    def test_other_arguments(self):
+        before = contents(self.out)
+        for flags, text in (
+            (["--lr", 0.2], "--lr 0.05 there, 0.2 now"),
+            (["--lr", 0.05, "--batch-size", 32], "--batch-size 64 there, 32 now"),
+            (["--lr", 0.05, "--dry-run"], "--dry-run False there, True now"),
+        ):
+            status, _, err = call(*self.flags, *flags, "--out", self.out)
+            self.assertEqual((status, err.count("\n"), contents(self.out)), (2, 1, before))
+            self.assertIn(text, err)
+        self.say(err.strip()[-60:])
+
+    def test_deterministic_and_unfinished(self):
+        """Two runs of a seed are the same to the bit; an unfinished one starts again and ends alike."""
+        torch.rand(7)  # whatever was drawn before
+        again = self.tmp / "again"
+        self.assertEqual(self.quick("--lr", 0.05, "--out", again)[0], 0)
+        self.assertTrue(same_run(self.out, again))
+        (again / "metrics.json").unlink()
+        (again / "best.pt").write_bytes(b"half")
+        self.assertEqual(self.quick("--lr", 0.05, "--out", again)[0], 0)
+        self.assertTrue(same_run(self.out, again))
+        other = self.tmp / "other"
+        self.assertEqual(self.quick("--lr", 0.05, "--seed", 1, "--out", other)[0], 0)
+        self.assertFalse(same_run(self.out, other))
+        self.say("best.pt, log.csv, metrics.json the same to the bit; another seed differs")
+
+    def test_deterministic_flag(self):
+        out = self.tmp / "flag"
+        try:
+            status, _, err = self.quick("--lr", 0.05, "--deterministic", "--out", out)
+            self.assertTrue(torch.are_deterministic_algorithms_enabled())
+        finally:
+            torch.use_deterministic_algorithms(False)
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual((out / "best.pt").read_bytes(), (self.out / "best.pt").read_bytes())
+        self.say("the same weights")
+
+    def test_course_recipe(self):
+        course = ["--batch-size", 640, "--lr", 0.01, "--momentum", 0, "--schedule", "constant"]
+        with (
+            mock.patch.object(c, "SGD", wraps=c.SGD) as sgd,
+            mock.patch.object(c, "batches", wraps=c.batches) as b,
+        ):
+            status, _, _ = self.quick(*course, "--out", self.tmp / "course")
+        self.assertEqual(
+            (status, sgd.call_args.args[1:], b.call_args.args[-1]), (0, (0.01, 0.0, False, 0), 0)
+        )
+        self.say("plain SGD, no shifts")
+
+    def test_dry_run(self):
+        """One batch through everything, all files written, and `dry_run` beside the figures."""
+        out = self.tmp / "dry"
+        status, text, _ = call(*self.flags, "--dry-run", "--out", out)
+        m = json.loads((out / "metrics.json").read_text())
+        self.assertEqual((status, m["samples_per_epoch"], m["dry_run"]), (0, 64, True))
+        self.assertEqual({p.name for p in out.iterdir()}, self.FILES)
+        self.say(text.splitlines()[0])
+
+    def test_default_folder(self):
+        """Without --out: results/cnn-<timestamp>, and nothing else beside it."""
+        here = Path.cwd()
+        folder = self.tmp / "cwd"
+        folder.mkdir()
+        os.chdir(folder)
+        try:
+            status, _, _ = self.quick("--dry-run")
+        finally:
+            os.chdir(here)
+        made = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_dir()]
+        self.assertEqual((status, len(made)), (0, 2))
+        self.assertRegex(made[1], r"^results.cnn-\d{8}-\d{6}$")
+        self.say(made[1])
+
+
+class Offline(Case):
+    def test_mnist(self):
+        """What was tried, where the files belong, how to go on; nothing written."""
+        out, data = self.tmp / "mnist", self.tmp / "none"
+        with offline():
+            status, _, err = call("--dataset", "mnist", "--data-dir", data, "--out", out)
+        self.assertEqual((status, err.count("\n"), out.exists()), (2, 1, False))
+        for text in (
+            "127.0.0.1:9",
+            str(data / "MNIST" / "raw"),
+            "train-images-idx3-ubyte",
+            "--dataset digits",
+        ):
+            self.assertIn(text, err)
+        self.say(err.strip().replace(str(self.tmp), "...")[:100])
+
+    def test_auto(self):
+        """The digits instead, with a warning, and `digits` wherever a result is."""
+        out, titles = self.tmp / "auto", []
+        with offline(), mock.patch.object(c.Figure, "suptitle", lambda self, text, **_: titles.append(text)):
+            flags = ["--data-dir", self.tmp / "none", "--epochs", 1, "--out", out]
+            status, text, err = call(*flags)
+        self.assertEqual((status, err), (0, ""))
+        self.assertIn("WARNING", text)
+        self.assertIn("127.0.0.1:9", text)
+        self.assertRegex(text.splitlines()[-1], r"^digits test")
+        self.assertEqual(json.loads((out / "metrics.json").read_text())["dataset"], "digits")
+        self.assertTrue(titles and all("digits" in title for title in titles), titles)
+        self.assertFalse((self.tmp / "none").exists() and list((self.tmp / "none").rglob("*ubyte*")))
+        args = json.loads((out / "args.json").read_text())
+        self.say(f"{text.splitlines()[-1]}; args.json: {args['dataset']}")
+
+
+class BadInput(Case):
+    """A clear line, the exit status, and no results."""
+
+    def refused(self, argv, *texts, status=2):
+        out = Path(tempfile.mkdtemp(dir=self.tmp)) / "out"
+        got, _, err = call(*argv, "--out", out)
+        last = err.splitlines()[-1] if err else ""
+        self.assertEqual(got, status, err)
+        self.assertFalse(out.exists(), argv)
+        for text in texts:
+            self.assertIn(text, last)
+        self.assertNotIn("Traceback", err)
+        return last
+
+    def test_flags(self):
+        cases = [(["--epochs", v], f"--epochs is {v}") for v in ("0", "-1")]
+        cases += [(["--batch-size", v], f"--batch-size is {v}") for v in ("0", "-64")]
+        cases += [(["--lr", v], "--lr is") for v in ("0", "-0.1", "nan", "inf")]
+        cases += [(["--momentum", v], "--momentum is") for v in ("-0.1", "1", "nan")]
+        cases += [(["--epochs", "two"], "two"), (["--schedule", "cosine"], "cosine"), (["--wat"], "--wat")]
+        cases += [(["--dataset", "cifar"], "cifar"), (["--predict", "a.png"], "--checkpoint")]
+        cases += [(["--checkpoint", "best.pt"], "--predict")]
+        for argv, text in cases:
+            with self.subTest(argv=argv):
+                self.refused(["--dataset", "digits", *argv], "error: ", text)
+        self.say(f"{len(cases)} clear lines")
+
+    @unittest.skipIf(torch.cuda.is_available(), "there is a CUDA device here")
+    def test_no_cuda(self):
+        self.say(self.refused(["--dataset", "digits", "--device", "cuda"], "--device cuda"))
+
+    @unittest.skipIf(torch.backends.mps.is_available(), "there is an MPS device here")
+    def test_no_mps(self):
+        self.say(self.refused(["--dataset", "digits", "--device", "mps"], "--device mps"))
+
+    def test_not_a_number(self):
+        """A huge learning rate: exit status 1, the step named, no results."""
+        out = self.tmp / "huge"
+        status, _, err = call("--dataset", "digits", "--lr", "1e30", "--device", "cpu", "--out", out)
+        self.assertEqual((status, err.count("\n")), (1, 1))
+        self.assertRegex(err, r"^error: the loss is (nan|inf) at .*step \d+")
+        self.assertLessEqual({p.name for p in out.iterdir()}, {"args.json"})
+        self.say(err.strip())
+
+    def test_data_files(self):
+        """Truncated, garbage, of other counts or sizes, empty: named, and no results."""
+        images, labels = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+        cases = {
+            "truncated": lambda raw: (raw / images).write_bytes((raw / images).read_bytes()[:-5]),
+            "garbage": lambda raw: (raw / images).write_bytes(b"\x7fELF" * 100),
+            "no bytes": lambda raw: (raw / images).write_bytes(b""),
+            "fewer labels": lambda raw: write_idx(raw / labels, np.zeros(39)),
+            "labels of 10": lambda raw: write_idx(raw / labels, np.full(40, 10)),
+            "8x8 images": lambda raw: write_idx(raw / images, np.zeros((40, 8, 8))),
+            "labels of two dimensions": lambda raw: write_idx(raw / labels, np.zeros((40, 1))),
+            "no images": lambda raw: [
+                write_idx(raw / images, np.zeros((0, 28, 28))),
+                write_idx(raw / labels, np.zeros(0)),
+            ],
+            "test part": lambda raw: (raw / images.replace("train", "t10k")).write_bytes(b"\0"),
+        }
+        for k, (name, spoil) in enumerate(cases.items()):
+            with self.subTest(name):
+                raw = write_mnist(self.tmp / f"spoilt{k}", 40, 10)
+                spoil(raw)
+                for dataset in ("mnist", "auto"):  # auto does not hide damage behind the digits
+                    which = "t10k" if name == "test part" else "train"
+                    flags = ["--dataset", dataset, "--data-dir", self.tmp / f"spoilt{k}"]
+                    self.refused(flags, str(raw), "damaged", which)
+        self.say(f"{', '.join(cases)}: clear lines")
+
+    def test_few_images(self):
+        """Too few for a validation part: a clear line as well."""
+        write_mnist(self.tmp / "few", 5, 5)
+        self.say(self.refused(["--dataset", "mnist", "--data-dir", self.tmp / "few"], "error: ")[:100])
+
+    def test_out_folder(self):
+        """Other files, a damaged args.json, a file: refused and left as they are."""
+        for k, (name, content) in enumerate((("thesis.tex", "mine"), ("args.json", "{"), ("best.pt", "x"))):
+            out = self.tmp / f"out{k}"
+            out.mkdir()
+            (out / name).write_text(content)
+            before = contents(out)
+            status, _, err = call("--dataset", "digits", "--out", out)
+            self.assertEqual((status, err.count("\n"), contents(out)), (2, 1, before))
+            self.assertIn(str(out), err)
+        file = self.tmp / "file"
+        file.write_text("")
+        for out in (file, file / "below"):
+            status, _, err = call("--dataset", "digits", "--epochs", 1, "--out", out)
+            self.assertEqual((status, err.count("\n"), file.read_text()), (2, 1, ""), err)
+            self.assertIn(str(out), err)
+        self.say(err.strip().replace(str(self.tmp), "..."))
+
+    def test_data_folder(self):
+        """A --data-dir that can't be made."""
+        file = self.tmp / "plain"
+        file.write_text("")
+        with offline():
+            self.say(self.refused(["--dataset", "mnist", "--data-dir", file / "data"], str(file))[-100:])
+
+    @unittest.skipIf(not hasattr(os, "geteuid") or os.geteuid() == 0, "root may write anywhere")
+    def test_read_only(self):
+        folder = self.tmp / "read-only"
+        folder.mkdir(mode=0o555)
+        status, _, err = call("--dataset", "digits", "--out", folder / "run")
+        self.assertEqual((status, err.count("\n")), (2, 1))
+        with offline():
+            self.refused(["--dataset", "mnist", "--data-dir", folder], str(folder))
+        self.assertEqual(list(folder.iterdir()), [])
+        self.say(err.strip().replace(str(self.tmp), "..."))
+
+
+class Predict(Case):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        train, cls.test = c.load_digits()
+        torch.manual_seed(0)
+        cls.model = c.build_cnn("cpu")
+        sgd = c.SGD(cls.model.parameters(), 0, 0.9, True)
+        for _ in range(3):
+            data = c.batches(*train, 64, torch.Generator().manual_seed(0), 1)
+            c.train_epoch(cls.model, sgd, data, [0.03] * 23, lambda k: None)
+        cls.checkpoint = cls.tmp / "best.pt"
+        torch.save(c.named(cls.model), cls.checkpoint)
+
+    def read(self, *images):
+        return call("--predict", *images, "--checkpoint", self.checkpoint, "--device", "cpu")
+
+    def stroke(self, size=280):
+        """A thick 7, dark on white, off the centre."""
+        a = np.full((size, size), 250, dtype=np.uint8)
+        k = size // 28
+        a[3 * k : 5 * k, 4 * k : 16 * k] = 10
+        for row in range(5 * k, 22 * k):
+            left = int(14 * k - (row - 5 * k) * 0.4)
+            a[row, left : left + 2 * k] = 10
+        return Image.fromarray(a)
+
+    def test_polarity_and_size(self):
+        """Dark on light, light on dark, small, large JPEG, transparent, rotated by EXIF: the same digit."""
+        dark = self.stroke()
+        clear = Image.new("RGBA", dark.size, (0, 0, 0, 0))
+        clear.putalpha(Image.fromarray(255 - np.asarray(dark)))
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turned by a quarter
+        pictures = {
+            "dark.png": (dark, {}),
+            "light.png": (Image.fromarray(255 - np.asarray(dark)), {}),
+            "small.png": (dark.resize((56, 56)), {}),
+            "large.jpg": (self.stroke(2800).convert("RGB"), {"quality": 90}),
+            "clear.png": (clear, {}),
+            "wide.png": (Image.new("L", (600, 300), 250), {}),
+            "turned.jpg": (dark.transpose(Image.Transpose.ROTATE_90), {"exif": exif, "quality": 95}),
+        }
+        pictures["wide.png"][0].paste(dark, (200, 10))
+        for name, (picture, flags) in pictures.items():
+            picture.save(self.tmp / name, **flags)
+        read = {name: c.read_digit(self.tmp / name).float() for name in pictures}
+        off = {name: float((image - read["dark.png"]).abs().mean()) for name, image in read.items()}
+        self.assertLess(max(off.values()), 8)
+        self.assertLess(off["light.png"], 0.5)
+        status, text, err = self.read(*(self.tmp / name for name in pictures))
+        lines = text.splitlines()
+        self.assertEqual((status, err, len(lines)), (0, "", len(pictures)))
+        labels = {re.search(r": (\d) \|", line)[1] for line in lines}
+        self.assertEqual(len(labels), 1)
+        shares = [float(v) for v in re.findall(r"([\d.]+)%", lines[0])]
+        self.assertEqual(len(shares), 10)
+        self.assertAlmostEqual(sum(shares), 100, delta=1)
+        self.say(
+            f"{len(pictures)} pictures of one digit: within {max(off.values()):.1f} levels, all {labels}"
+        )
+
+    def test_placement(self):
+        """Longer side 20 pixels, centre of mass within a pixel of the middle."""
+        self.stroke().save(self.tmp / "digit.png")
+        image = c.read_digit(self.tmp / "digit.png").double()
+        rows, columns = (image > 0).any(1).nonzero(), (image > 0).any(0).nonzero()
+        sides = [int(i[-1] - i[0]) + 1 for i in (rows, columns)]
+        at = torch.arange(28).double() + 0.5
+        centre = [float(image.sum(1 - d) @ at / image.sum()) for d in (0, 1)]
+        self.assertTrue(19 <= max(sides) <= 20 and all(abs(v - 14) <= 0.75 for v in centre))
+        self.assertEqual((image.shape, float(image.max())), ((28, 28), 255))
+        self.say(f"{sides[0]} by {sides[1]} pixels, centre {centre[0]:.2f}, {centre[1]:.2f}")
+
+    def test_what_is_printed(self):
+        """Label and probabilities are the model's own for the picture as it was read, in the order given."""
+        paths = [self.tmp / f"test{k}.png" for k in range(30)]
+        for path, image in zip(paths, self.test[0]):
+            Image.fromarray(np.pad(image.numpy(), 12)).resize((208, 208)).save(path)
+        images = torch.stack([c.read_digit(path) for path in paths])
+        want = self.model(c.to_input(images)).softmax(1)
+        lines = self.read(*paths)[1].splitlines()
+        for path, line, p in zip(paths, lines, want):
+            self.assertTrue(line.startswith(f"{path}: {int(p.argmax())} |"), line)
+            shares = [float(v) for v in re.findall(r"([\d.]+)%", line)]
+            self.assertLess(float((torch.tensor(shares) - 100 * p).abs().max()), 0.051)
+        self.say(f"{len(lines)} pictures, such as {lines[0].split(': ', 1)[1]}")
+
+    def test_bad_images(self):
+        paths = {
+            name: self.tmp / name for name in ("text.png", "missing.png", "blank.png", "cut.jpg", "folder")
+        }
+        paths["text.png"].write_text("no image")
+        Image.new("L", (40, 40), 200).save(paths["blank.png"])
+        self.stroke().save(self.tmp / "whole.jpg")
+        paths["cut.jpg"].write_bytes((self.tmp / "whole.jpg").read_bytes()[:900])
+        paths["folder"].mkdir()
+        for path in paths.values():
+            status, text, err = self.read(path)
+            self.assertEqual((status, text, err.count("\n")), (2, "", 1), path)
+            self.assertIn(str(path), err)
+            self.assertNotIn("Traceback", err)
+        self.say(f"{', '.join(paths)}: clear lines")
+
+    def test_bad_checkpoints(self):
+        self.stroke().save(self.tmp / "seven.png")
+        weights = {k: v.clone() for k, v in c.named(self.model).items()}
+        other = {**weights, "0.W": torch.zeros(8, 3, 3, 3)}
+        resnet = {"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": torch.zeros(62)}
+        files = {"resnet": resnet, "shapes": other, "list": [1, 2], "number": torch.zeros(3)}
+        for name, content in files.items():
+            torch.save(content, self.tmp / f"{name}.pt")
+        (self.tmp / "bytes.pt").write_bytes(os.urandom(5000))
+        (self.tmp / "empty.pt").write_bytes(b"")
+        (self.tmp / "cut.pt").write_bytes(self.checkpoint.read_bytes()[:9000])
+        names = [*files, "bytes", "empty", "cut", "missing"]
+        for name in names:
+            path = self.tmp / f"{name}.pt"
+            flags = ["--predict", self.tmp / "seven.png", "--checkpoint", path, "--device", "cpu"]
+            status, text, err = call(*flags)
+            self.assertEqual((status, text, err.count("\n")), (2, "", 1), err)
+            self.assertIn(str(path), err)
+        self.say(f"{', '.join(names)}: clear lines")
+
+
+class Import(Case):
+    def test_no_side_effects(self):
+        """Importing prints, writes, fetches and seeds nothing, and leaves pyplot and its backend alone."""
+        code = (
+            "import socket, sys, torch\n"
+            "def refuse(*a, **k): raise OSError('network')\n"
+            "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+            "before = torch.get_rng_state(), torch.is_grad_enabled(), torch.get_num_threads()\n"
+            "sys.path.insert(0, sys.argv[1])\n"
+            "import cnn_from_scratch\n"
+            "after = torch.get_rng_state(), torch.is_grad_enabled(), torch.get_num_threads()\n"
+            "assert torch.equal(before[0], after[0]) and before[1:] == after[1:]\n"
+            "assert not torch.are_deterministic_algorithms_enabled()\n"
+            "assert 'matplotlib.pyplot' not in sys.modules and not torch.cuda.is_initialized()\n"
+        )
+        here, empty = str(Path(c.__file__).resolve().parent), self.tmp / "empty"
+        empty.mkdir()
+        argv = [sys.executable, "-B", "-W", "error::UserWarning:cnn_from_scratch", "-c", code, here]
+        done = subprocess.run(argv, cwd=empty, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+        self.assertEqual(list(empty.iterdir()), [])
+        self.say("silent, no file, no socket, no pyplot, no seed")
+
+    def test_exports(self):
+        """The names and signatures that others call."""
+        tail = "stride=1, padding=0, bias=True, device=None, dtype=None"
+        want = {
+            c.Linear: "(in_features, out_features, device=None, dtype=None)",
+            c.Conv2D: f"(in_channels, out_channels, kernel_size, {tail})",
+            c.MaxPool2D: "(kernel_size, stride=None, padding=0)",
+            c.Sequential: "(*layers)",
+            c.SGD: "(params, lr, momentum=0, nesterov=False, weight_decay=0)",
+            c.build_cnn: "(device=None, dtype=None)",
+        }
+        for what, signature in want.items():
+            self.assertEqual(str(inspect.signature(what)), signature)
+        for layer in (c.ReLU, c.Flatten, c.CrossEntropy):
+            layer()
+        defaults = vars(c.parse([]))
+        told = dict(dataset="auto", data_dir="data", epochs=5, schedule="onecycle", device="auto", out=None)
+        self.assertLessEqual(told.items(), defaults.items())
+        self.say(f"{len(want)} signatures, {len(defaults)} flags")
+
+
+# ---------------------------------------------------------------------------------------------- speed
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def our_step(images, labels):
+    """One training step of ours on a batch."""
+    model, criterion, x = c.build_cnn(images.device), c.CrossEntropy(), c.to_input(images)
+    sgd = c.SGD(model.parameters(), 0.01, 0.9, True, 5e-4)
+
+    def run():
+        logits = model(x)
+        criterion(logits, labels)
+        criterion.backward()
+        model.backward(logits, input_grad=False)
+        sgd.step()
+
+    return run
+
+
+def torch_training(device, layout):
+    """torch.nn's net and optimizer with our initial weights, in a memory format."""
+    net = to_torch(c.build_cnn(device), device).to(memory_format=layout)
+    return net, torch.optim.SGD(net.parameters(), 0.01, 0.9, nesterov=True, weight_decay=5e-4)
+
+
+def torch_step(images, labels, layout):
+    net, sgd = torch_training(images.device, layout)
+    x = c.to_input(images).contiguous().contiguous(memory_format=layout)
+
+    def run():
+        sgd.zero_grad()
+        F.cross_entropy(net(x), labels).backward()
+        sgd.step()
+
+    return run
+
+
+def torch_epoch(net, optimizer, data, rates, layout):
+    """train_epoch() with torch.nn and autograd."""
+    losses, hits, sizes = [], [], []
+    for rate, (x, y) in zip(rates, data):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        logits = net(x.contiguous(memory_format=layout))
+        loss = F.cross_entropy(logits, y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        hits.append((logits.detach().argmax(1) == y).sum())
+        sizes.append(len(y))
+    return float(sum(loss * n for loss, n in zip(losses, sizes))) / sum(sizes), int(sum(hits)) / sum(sizes)
+
+
+def interleaved(runs, device, rounds, block):
+    """Median seconds of each of the runs, taken in turns, in blocks of a few."""
+    times = {name: [] for name in runs}
+    for k in range(rounds + 1):
+        for name, run in runs.items():
+            synchronise(device)
+            clock = time.perf_counter()
+            for _ in range(block):
+                run()
+            synchronise(device)
+            if k:  # the first round warms up
+                times[name].append((time.perf_counter() - clock) / block)
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def bench_cnn(sizes=(64, 128, 640), rounds=40, block=5):
+    """Tables: a training step, and the training loop of the default run, against eager torch.nn."""
+    for device in [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available():
+        print(f"{c.device_name(device)}, torch {torch.__version__}, float32")
+        print("build_cnn(), SGD with Nesterov and weight decay: ms per step, medians of interleaved blocks")
+        print(
+            f"{'batch':>9} {'torch NCHW':>13} {'channels_last':>13} {'ours':>9} {'speed':>9}  of the faster"
+        )
+        faster = None
+        for N in sizes:
+            images = torch.randint(256, (N, 28, 28), dtype=torch.uint8, device=device)
+            labels = torch.randint(10, (N,), device=device)
+            runs = {name: torch_step(images, labels, layout) for name, layout in LAYOUTS.items()}
+            runs["ours"] = our_step(images, labels)
+            ms = {
+                k: 1000 * s
+                for k, s in interleaved(runs, device, rounds if N < 300 else rounds // 2, block).items()
+            }
+            best = min(LAYOUTS, key=ms.get)
+            faster = faster or best  # at the smallest batch, the default run's
+            cells = f"{ms['NCHW']:13.2f} {ms['channels_last']:13.2f} {ms['ours']:9.2f}"
+            print(f"{N:9d} {cells} {ms[best] / ms['ours']:8.2f}x  {best}", flush=True)
+        bench_loop(device, faster)
+
+
+def bench_loop(device, faster, n=10_000, size=64, rounds=5):
+    """One epoch of n random images in memory through batches() and train_epoch(), the default recipe."""
+    images = torch.randint(256, (n, 28, 28), dtype=torch.uint8, device=device)
+    labels, rates = torch.randint(10, (n,), device=device), [0.01] * math.ceil(n / size)
+    model, layout = c.build_cnn(device), LAYOUTS[faster]
+    sgd, generator = c.SGD(model.parameters(), 0.01, 0.9, True, 5e-4), torch.Generator().manual_seed(0)
+    net, optimizer = torch_training(device, layout)
+
+    def data():
+        return c.batches(images, labels, size, generator, 1)
+
+    runs = {
+        "torch": lambda: torch_epoch(net, optimizer, data(), rates, layout),
+        "ours": lambda: c.train_epoch(model, sgd, data(), rates, lambda k: None),
+    }
+    seconds = interleaved(runs, device, rounds, 1)
+    ratio = seconds["ours"] / seconds["torch"]
+    print(f"training loop, one epoch of {n:,} images, batch {size}: torch.nn + autograd ({faster}) ", end="")
+    print(f"{seconds['torch']:.2f}s, ours {seconds['ours']:.2f}s: {ratio:.2f} of its time\n", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- the runner
+
+
+def label(test):
+    return test.id().replace("__main__.", "").replace(".test_", ".")
+
+
+class Result(unittest.TestResult):
+    """Counts whole tests, shows a failure where it happens, and keeps each test's seconds."""
+
+    def __init__(self):
+        super().__init__()
+        self.passed, self.failed, self.seconds = 0, set(), {}
+
+    def startTest(self, test):
+        super().startTest(test)
+        self.clock = time.perf_counter()
+
+    def stopTest(self, test):
+        super().stopTest(test)
+        self.seconds[label(test)] = time.perf_counter() - self.clock
+
+    def addSuccess(self, test):
+        self.passed += 1
+
+    def addError(self, test, err):
+        self.failed.add(label(test))
+        print(f"{label(test):34} FAILED\n{self._exc_info_to_string(err, test)}", flush=True)
+
+    addFailure = addError
+
+    def addSubTest(self, test, subtest, err):
+        if err is not None:
+            print(subtest)
+            self.addError(test, err)
+
+    def addSkip(self, test, reason):
+        super().addSkip(test, reason)
+        print(f"{label(test):34} SKIPPED: {reason}", flush=True)
+
+
+def select(names):
+    """The tests in the order of this file; with names, those whose class or own name begins with one."""
+    for case in list(globals().values()):
+        if isinstance(case, type) and issubclass(case, unittest.TestCase):
+            for test in (n for n in vars(case) if n.startswith("test_")):
+                starts = f"{case.__name__}.{test}", f"{case.__name__}.{test[5:]}", test
+                if not names or any(s.startswith(n) for s in starts for n in names):
+                    yield case(test)
+
+
+def main(argv):
+    if argv[:1] == ["bench"]:
+        return bench_cnn()
+    tests, clock = list(select(argv)), time.perf_counter()
+    if not tests:
+        print(f"no test's class or name begins with {' or '.join(argv)}", file=sys.stderr)
+        return 2
+    result = Result()
+    unittest.TestSuite(tests).run(result)
+    slow = sorted(result.seconds, key=result.seconds.get, reverse=True)[:5]
+    print("\nslowest: " + ", ".join(f"{name} {result.seconds[name]:.1f}s" for name in slow))
+    print(f"{time.perf_counter() - clock:.1f}s, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{result.passed} passed, {len(result.failed)} failed, {len(result.skipped)} skipped")
+    return 1 if result.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
