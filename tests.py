@@ -1,8 +1,9 @@
-"""Tests of cnn_from_scratch.py on random tensors and small made-up data: no network, nothing left behind.
+"""Tests of both scripts on random tensors and small made-up data: no network, nothing left behind.
 
     python tests.py                       # all of them; each prints what it measured
     python tests.py Conv test_gradients   # those whose class or name begins so
-    python tests.py bench                 # tables of speed against torch.nn; passes or fails nothing
+    python tests.py bench                 # tables of speed; passes or fails nothing
+    python tests.py soak 50               # resnet18.py killed 50 times at random points, compared bit by bit
 
 The last line is `N passed, N failed, N skipped`; the exit status is 1 if one failed. pytest works as well.
 
@@ -12,18 +13,23 @@ The oracle of a gradient is torch's autograd in float64 on the CPU, with random 
 import ast
 import contextlib
 import csv
+import http.server
 import inspect
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import signal
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 from pathlib import Path
@@ -33,10 +39,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw
+from sklearn import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision import transforms
 
 import cnn_from_scratch as c
+import resnet18 as r
 
 # ---------------------------------------------------------------------------------------------- helpers
 
@@ -303,12 +312,12 @@ def write_mnist(root, train=400, test=100):
     return raw
 
 
-def call(*argv):
-    """(status, stdout, stderr) of cnn_from_scratch's main() in this process."""
+def call(*argv, script=c):
+    """(status, stdout, stderr) of a script's main() in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = c.main([str(a) for a in argv])
+            status = script.main([str(a) for a in argv])
         except SystemExit as e:  # argparse
             status = e.code
     return status, out.getvalue(), err.getvalue()
@@ -1535,6 +1544,782 @@ class Import(Case):
         self.say(f"{len(want)} signatures, {len(defaults)} flags")
 
 
+# ---------------------------------------------------------------------------------------------- resnet18.py
+
+TIMES = {"seconds", "train_seconds", "total_seconds", "images_per_second", "peak_memory_bytes"}
+
+
+def write_emnist(root, train=300, test=100, classes=62):
+    """Files in EMNIST's layout: every class is a pattern of its own, with noise."""
+    rng, raw = np.random.default_rng(0), Path(root) / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    patterns = rng.integers(0, 256, (classes, 7, 7)).repeat(4, 1).repeat(4, 2)
+    for part, n in (("train", train), ("test", test)):
+        labels = np.arange(n) % classes
+        images = np.clip(patterns[labels] + rng.normal(0, 30, (n, 28, 28)), 0, 255)
+        write_idx(raw / f"emnist-byclass-{part}-images-idx3-ubyte", images)
+        write_idx(raw / f"emnist-byclass-{part}-labels-idx1-ubyte", labels)
+
+
+def small_flags(data, *more):
+    flags = ["--dataset", "emnist", "--data-dir", str(data), "--weights", "none", "--image-size", "32"]
+    return [*flags, "--device", "cpu", *map(str, more)]
+
+
+def call_resnet(*argv):
+    return call(*argv, script=r)
+
+
+def child(argv, log, env, kill, gradients):
+    """A run in a process of its own, killed at the `kill[1]`-th call of a function if asked to."""
+    os.environ.update(env)
+    sys.argv = ["resnet18.py", *argv]
+    stream = open(log, "a", buffering=1)
+    sys.stdout = sys.stderr = stream
+    if kill:
+        kill_at(*kill)
+    if gradients:
+        keep_first_gradients(gradients)
+    os._exit(r.main(argv))
+
+
+def kill_at(point, count):
+    """SIGKILL at the count-th step, or within the count-th write: half written, before or after a rename."""
+    owner, name = {"step": (r.Trainer, "train_step"), "forward": (r, "prepare")}.get(
+        point, (os, "fsync" if point == "half" else "replace")
+    )
+    plain, calls = getattr(owner, name), [0]
+
+    def deadly(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == count and point == "half":
+            os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
+        if calls[0] == count and point != "after":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = plain(*args, **kwargs)
+        if calls[0] == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, deadly)
+
+
+def keep_first_gradients(path):
+    plain = r.Trainer.train_step
+
+    def step(self, order):
+        plain(self, order)
+        if self.epoch == 0 and self.step == 1:
+            torch.save([p.grad for p in self.params], f"{path}.{self.run.rank}")
+
+    r.Trainer.train_step = step
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["resnet18"])
+
+
+def start(argv, log, env=None, kill=None, gradients=None):
+    process = FORKS.Process(target=child, args=([str(a) for a in argv], str(log), env or {}, kill, gradients))
+    process.start()
+    return process
+
+
+def finish(process, timeout=120):
+    process.join(timeout)
+    assert process.exitcode is not None, "still running"
+    return process.exitcode
+
+
+def results(out):
+    """What must be the same to the bit: weights, epochs and figures, without times."""
+    found = {}
+    for folder in sorted(p for p in Path(out).iterdir() if p.is_dir()):
+        rows = csv.DictReader(io.StringIO((folder / "log.csv").read_text()))
+        log = [[v for k, v in row.items() if k != "seconds"] for row in rows]
+        figures = {
+            k: v for k, v in json.loads((folder / "metrics.json").read_text()).items() if k not in TIMES
+        }
+        best = torch.load(folder / "best.pt", weights_only=True)
+        last = torch.load(folder / "last.pt", weights_only=True)["weights"]
+        found[folder.name] = (log, figures, best, last)
+    return found
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+class ResnetCase(Case):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.data = cls.tmp / "data"
+        write_emnist(cls.data)
+
+    def trainer(self, regime="partial_unfreeze", *flags, out=None):
+        args = r.parse_args(small_flags(self.data, "--amp", "off", *flags))
+        run = r.Run(args)
+        run.out = Path(out or tempfile.mkdtemp(dir=self.tmp))
+        data = r.load_data(args)
+        model = r.build_model(len(data.classes), None, args.seed).to(memory_format=torch.channels_last)
+        stage = r.with_flags(r.REGIMES[regime][-1], args)
+        progress = {"seconds": {}, "history": [], "stages": []}
+        with contextlib.redirect_stdout(io.StringIO()):
+            return r.Trainer(run, data, model, stage, 0, run.out, progress)
+
+
+class ResnetData(ResnetCase):
+    def test_orientation(self):
+        """The one transpose equals torchvision's rotation by -90 degrees and mirroring."""
+        raw = torch.randint(0, 256, (5, 28, 28), dtype=torch.uint8)
+        for image, ours in zip(raw, r.upright(raw), strict=True):
+            rotated = transforms.functional.rotate(Image.fromarray(image.numpy()), -90)
+            want = np.asarray(transforms.functional.hflip(rotated))
+            np.testing.assert_array_equal(ours.numpy(), want)
+        self.say("5 random images equal")
+
+    def test_resize_and_normalise(self):
+        raw = torch.randint(0, 256, (4, 28, 28), dtype=torch.uint8)
+        for size in (32, 64, 224):
+            ours = r.resize(raw, size)  # N, 1, S, S in 0..255
+            to = transforms.Resize((size, size))
+            pil = torch.stack([torch.tensor(np.asarray(to(Image.fromarray(i.numpy())))) for i in raw]).float()
+            tensor = to(raw[:, None])[:, 0].float()
+            off = [float((ours[:, 0] - other).abs().max()) for other in (pil, tensor)]
+            self.assertLessEqual(off[0], 1.0)
+            self.assertLessEqual(off[1], 0.5 + 1e-3)
+            want = transforms.Normalize(r.MEAN, r.STD)(ours.expand(-1, 3, -1, -1) / 255)
+            x = r.prepare(raw, size)
+            self.assertTrue(x.is_contiguous(memory_format=torch.channels_last))
+            norm = float((x - want).abs().max())
+            self.assertLess(norm, 1e-5)
+            self.say(
+                f"{size} px: {off[0]:.3f} levels from PIL, {off[1]:.3f} from uint8, normalised {norm:.1e}"
+            )
+
+    def test_augmentation(self):
+        """The identity is the plain resize; draws depend on their key only; rotations stay within 10°."""
+        raw = torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8)
+        identity = torch.eye(2, 3).expand(3, 2, 3)
+        off = float((r.warp(raw, identity, 64) - r.resize(raw, 64)).abs().max())
+        self.assertLess(off, 0.05)
+        first, again, other = (r.draw_affine(1000, r.rng(0, "augment", 0, 1, step)) for step in (2, 2, 3))
+        self.assertTrue(torch.equal(first, again))
+        self.assertFalse(torch.equal(first, other))
+        degrees = torch.atan2(first[:, 1, 0], first[:, 0, 0]).rad2deg().abs().max()
+        area = torch.linalg.det(first[:, :, :2]).sqrt()
+        self.assertLess(float(degrees), 10.01)
+        self.assertTrue(bool((area > 0.87).all() and (area < 1.13).all()))  # a flip would be negative
+        self.say(
+            f"identity within {off:.1e} levels, up to {float(degrees):.1f} degrees, scales "
+            f"{float(area.min()):.2f} to {float(area.max()):.2f}"
+        )
+
+    def test_split(self):
+        train, val = r.split(697_932, None, 0)
+        self.assertEqual((len(train), len(val)), (628_138, 69_794))
+        self.assertEqual(len(torch.cat([train, val]).unique()), 697_932)
+        again, _ = r.split(697_932, None, 0)
+        other, _ = r.split(697_932, None, 1)
+        self.assertTrue(torch.equal(train, again))
+        self.assertFalse(torch.equal(train, other))
+        limited = torch.cat(r.split(697_932, 1000, 0))
+        self.assertEqual(len(limited.unique()), 1000)
+        self.assertGreater(int(limited.max()), 600_000)
+        self.say("628,138 / 69,794, disjoint, by seed; --limit draws from everywhere")
+
+    def test_names(self):
+        data = r.load_emnist(self.data)
+        self.assertEqual(data.name, "EMNIST ByClass, 300/100 re-split")
+        self.assertEqual((data.classes[10], data.classes[36], len(data.classes)), ("A", "a", 62))
+        digits = r.load_digits()
+        self.assertEqual((len(digits.labels["train"]), len(digits.labels["test"])), (1437, 360))
+        self.say(f"{data.name}; digits 1,437 / 360")
+
+    def test_download_failure(self):
+        """One clear message from `emnist`, the announced fallback from `auto`, nothing half-written."""
+        empty = self.tmp / "empty"
+        with mock.patch.object(torchvision.datasets.EMNIST, "url", "http://127.0.0.1:9/gzip.zip"):
+            flags = ["--data-dir", empty, "--weights", "none", "--image-size", 32, "--device", "cpu"]
+            status, _, err = call_resnet(*flags, "--dataset", "emnist", "--out", self.tmp / "none")
+            self.assertEqual(status, 2)
+            self.assertRegex(err, r"^error: EMNIST could not be downloaded .* Offline: .*\n$")
+            with mock.patch.object(r, "load_weights", side_effect=no_imagenet(r.load_weights)):
+                flags[3] = "imagenet"
+                status, out, err = call_resnet(*flags, "--dry-run", "--out", self.tmp / "fallen")
+        self.assertEqual((status, "error:" in err), (0, False))
+        self.assertIn("FALLING BACK to scikit-learn's digits", out)
+        row = json.loads((self.tmp / "fallen" / "linear_probe" / "metrics.json").read_text())
+        self.assertEqual((row["dataset"], row["weights"]), ("digits", "random"))
+        self.say("refused by `emnist`, digits and random weights from `auto`")
+
+    def test_corrupted_download(self):
+        """A wrong archive fails torchvision's checksum, is reported and leaves no data behind."""
+        with served(b"no archive") as url, mock.patch.object(torchvision.datasets.EMNIST, "url", url):
+            quiet = contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO())
+            with quiet[0], quiet[1], self.assertRaisesRegex(r.DownloadFailed, "corrupted") as caught:
+                r.load_emnist(self.tmp / "corrupted")
+        self.assertFalse(list((self.tmp / "corrupted").glob("EMNIST/raw/*")))
+        self.say(str(caught.exception)[:110])
+
+
+@contextlib.contextmanager
+def served(content):
+    """The address of a server on this machine that answers every request with the content."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+
+        def do_GET(self):
+            self.do_HEAD()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/gzip.zip"
+        server.shutdown()
+
+
+def no_imagenet(plain):
+    def load(spec):
+        if spec == "imagenet":
+            raise r.DownloadFailed("no network")
+        return plain(spec)
+
+    return load
+
+
+class ResnetModel(ResnetCase):
+    def test_counts(self):
+        model = r.build_model(62, None, 0)
+        for trains, want in (("fc", 31_806), ("layer4", 8_425_534), ("all", 11_208_318)):
+            r.freeze_below(model, trains)
+            self.assertEqual(sum(p.numel() for p in model.parameters() if p.requires_grad), want)
+        self.say("31,806 / 8,425,534 / 11,208,318")
+
+    def test_whole_network(self):
+        """Blocks, pooling in float32 and fc together are torchvision's own forward."""
+        model = r.build_model(62, None, 0).eval()
+        images = torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8)
+        run = r.Run(r.parse_args(["--amp", "off", "--device", "cpu"]))
+        ours = r.whole_network(run, model, images, 64)
+        with torch.no_grad():
+            off = float((ours - model(r.prepare(images, 64))).abs().max())
+        self.assertLess(off, 1e-5)
+        self.say(f"within {off:.1e}")
+
+    def test_frozen(self):
+        """After training, what is frozen is the same bit for bit, statistics too, and what trains is not."""
+        for regime, names in (("linear_probe", ("fc.",)), ("partial_unfreeze", ("layer4.", "fc."))):
+            t = self.trainer(regime, "--epochs", 1, "--lr", 0.01)
+            before = {k: v.clone() for k, v in t.model.state_dict().items()}
+            with contextlib.redirect_stdout(io.StringIO()):
+                t.train()
+            changed = {k for k, v in t.model.state_dict().items() if not torch.equal(v, before[k])}
+            self.assertEqual(changed, {k for k in before if k.startswith(names)})
+            self.say(f"{regime}: {len(changed)} tensors changed, {len(before) - len(changed)} did not")
+
+    def test_weights_file(self):
+        path = self.tmp / "weights.pt"
+        state = torchvision.models.resnet18().state_dict()
+        torch.save(state, path)
+        loaded, name = r.load_weights(str(path))
+        model = r.build_model(62, loaded, 0)
+        self.assertTrue(torch.equal(model.layer3[1].conv2.weight, state["layer3.1.conv2.weight"]))
+        self.assertEqual((name, model.fc.out_features), ("weights.pt", 62))
+        del state["layer1.0.conv1.weight"]
+        state["conv1.weight"] = torch.zeros(64, 1, 7, 7)
+        torch.save(state, path)
+        with self.assertRaisesRegex(r.InputError, r"differs from ResNet-18 \(2 keys\): conv1.weight is"):
+            r.load_weights(str(path))
+        torch.save([1, 2], path)
+        with self.assertRaisesRegex(r.InputError, "no readable state dict"):
+            r.load_weights(str(path))
+        self.say("loaded; missing and misshapen keys named")
+
+
+class ResnetTraining(ResnetCase):
+    def weights_after(self, regime, keep, *flags):
+        t = self.trainer(regime, "--epochs", 2, "--batch-size", 64, *flags)
+        if not keep:
+            t.frozen.compute = lambda laps: None
+        with contextlib.redirect_stdout(io.StringIO()):
+            t.train()
+        self.assertEqual(bool(t.frozen.kept), keep)
+        return t
+
+    def test_kept_against_recomputed(self):
+        """Probe and partial unfreezing from kept outputs of the frozen part, and from recomputed ones."""
+        for regime in ("linear_probe", "partial_unfreeze"):
+            a, b = (self.weights_after(regime, keep) for keep in (True, False))
+            off = max(float((v - b.best["weights"][k]).abs().max()) for k, v in a.best["weights"].items())
+            self.assertLess(off, 5e-4)
+            self.assertAlmostEqual(a.best["accuracy"], b.best["accuracy"], delta=0.035)  # one image of 30
+            self.say(f"{regime}: weights differ by {off:.1e} at most")
+
+    def test_cache_budget(self):
+        """--cache-gb decides; a rebuilt cache is the same to the bit."""
+        kept = []
+        for budget in (1, 1, 0):
+            t = self.trainer("partial_unfreeze", "--cache-gb", budget)
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                t.frozen.compute(t.laps)
+            self.assertIn("GB, budget", out.getvalue())
+            kept.append(t.frozen.kept)
+        self.assertTrue(same(kept[0], kept[1]))
+        self.assertEqual((list(kept[0]), list(kept[2])), (["train", "val"], []))
+        self.say("kept with 1 GB, twice the same bits; not kept with 0")
+
+    def test_amp(self):
+        """bf16 trains to about the same loss as float32; fp16 without CUDA is refused."""
+        losses = []
+        for amp in ("off", "bf16"):
+            t = self.weights_after("partial_unfreeze", True, "--amp", amp)
+            losses.append(t.progress["history"][-1]["train_loss"])
+        self.assertAlmostEqual(losses[0], losses[1], delta=0.1 * losses[0])
+        with self.assertRaisesRegex(r.InputError, "needs a CUDA device"):
+            r.choose_amp("fp16", torch.device("cpu"))
+        self.say(
+            f"loss {losses[0]:.4f} in float32, {losses[1]:.4f} in bf16; auto here: "
+            + r.choose_amp("auto", torch.device("cpu"))
+        )
+
+    def test_early_stopping(self):
+        """Patience in epochs, min-delta in accuracy, and the best weights, not the last, are restored."""
+        t = self.trainer("linear_probe", "--epochs", 20, "--patience", 3)
+        script = iter([0.5, 0.6, 0.6 + r.MIN_DELTA / 2, 0.55, 0.59, 0.99])
+        weights = []
+
+        def validate():
+            weights.append(t.model.fc.weight.detach().clone())
+            return 1.0, next(script), 0.0
+
+        t.validate = validate
+        with contextlib.redirect_stdout(io.StringIO()):
+            t.train()
+        self.assertEqual((t.epoch, t.stale, t.best["epoch"]), (5, 3, 3))
+        self.assertTrue(torch.equal(t.model.fc.weight, weights[2]))
+        self.assertFalse(torch.equal(t.model.fc.weight, weights[4]))
+        self.assertTrue(t.summary()["early_stopped"])
+        self.say("stopped after epoch 5 of 20, epoch 3 restored")
+
+    def test_steps(self):
+        """Every image once an epoch, in steps of equal size; warm-up, then down to zero."""
+        t = self.trainer("linear_probe", "--batch-size", 64, "--epochs", 3, "--warmup-epochs", 1)
+        seen, rates = [], []
+        t.frozen = lambda part, index, theta: seen.append(index) or torch.zeros(len(index), 512)
+        for t.epoch in range(3):
+            t.step = 0
+            order = torch.randperm(t.n, generator=r.rng(0, "order", 0, t.epoch))
+            while t.step < t.steps:
+                t.train_step(order)
+                rates.append(t.optimizer.param_groups[0]["lr"])
+        sizes = {len(index) for index in seen}
+        for epoch in range(3):
+            index = torch.cat(seen[epoch * t.steps : (epoch + 1) * t.steps])
+            self.assertTrue(torch.equal(index.sort().values, torch.arange(t.n)))
+        self.assertLessEqual(max(sizes) - min(sizes), 1)
+        self.assertEqual(rates[: t.steps], sorted(rates[: t.steps]))
+        self.assertEqual(rates[t.steps :], sorted(rates[t.steps :], reverse=True))
+        self.assertLess(rates[-1], 0.1 * max(rates))
+        self.say(
+            f"{t.n} images in {t.steps} steps of {sorted(sizes)}; rate {rates[0]:.1e} to {max(rates):.1e} "
+            f"to {rates[-1]:.1e}"
+        )
+
+    def test_not_finite(self):
+        """A diverged loss ends the run with its step and leaves the last good checkpoint."""
+        out = self.tmp / "nan"
+        plain, calls = r.Trainer.logits, [0]
+
+        def poisoned(self, x):
+            calls[0] += 1
+            return plain(self, x) * (math.nan if calls[0] > 7 else 1)
+
+        flags = small_flags(self.data, "--regimes", "linear_probe", "--batch-size", 64, "--out", out)
+        with mock.patch.object(r.Trainer, "logits", poisoned):
+            status, _, err = call_resnet(*flags)
+        self.assertEqual(status, 1)
+        self.assertRegex(err, r"^error: the loss is nan at step 2/5 of epoch 2")
+        self.assertEqual(r.load_checkpoint(out / "linear_probe")["epoch"], 1)
+        self.say(err.strip())
+
+    def test_overfit(self):
+        t = self.trainer("full", "--epochs", 12, "--limit", 62, "--batch-size", 32, "--warmup-epochs", 0)
+        with contextlib.redirect_stdout(io.StringIO()):
+            t.train()
+        accuracy = t.progress["history"][-1]["train_accuracy"]
+        self.assertGreater(accuracy, 0.95)
+        self.say(f"{accuracy:.1%} of {t.n} images after {t.epoch} epochs")
+
+
+class ResnetMetrics(ResnetCase):
+    def test_against_scikit_learn(self):
+        generator = torch.Generator().manual_seed(0)
+        y = torch.randint(0, 62, (500,), generator=generator)
+        logits = torch.randn(500, 62, generator=generator) + 2 * F.one_hot(y, 62)
+        said, ours = logits.argmax(1), r.test_metrics(y, logits)
+        self.assertEqual(ours["test_f1_macro"], metrics.f1_score(y, said, average="macro", zero_division=0))
+        self.assertEqual(
+            ours["test_recall_macro"], metrics.recall_score(y, said, average="macro", zero_division=0)
+        )
+        self.assertEqual(ours["test_accuracy"], float((y == said).double().mean()))
+        top5 = float((logits.topk(5).indices == y[:, None]).any(1).double().mean())
+        self.assertAlmostEqual(ours["test_top5"], top5, places=12)
+        self.assertAlmostEqual(r.macro_f1(y, said, 62), ours["test_f1_macro"], places=12)
+        confusion = metrics.confusion_matrix(y, said, labels=range(62))
+        f1 = metrics.f1_score(y, said, average=None, labels=range(62), zero_division=0)
+        table = r.per_class(confusion, r.CLASSES)
+        np.testing.assert_allclose([row["f1"] for row in table], f1)
+        print(f"    macro-F1 {ours['test_f1_macro']:.4f}, top-5 {ours['test_top5']:.4f}, 62 classes: equal")
+
+    def test_prior_correction(self):
+        """On a rare class that the prior hides, the offset found on validation helps macro-F1."""
+        generator = torch.Generator().manual_seed(0)
+        prior = torch.tensor([0.95, 0.05]).double().log()
+        y = (torch.rand(4000, generator=generator) < 0.05).long()
+        evidence = torch.randn(4000, generator=generator) + 1.5 * (2 * y - 1)
+        logits = torch.stack([-1.5 * evidence, 1.5 * evidence], 1) + prior
+        tau = r.tune_tau(logits, y, prior)
+        plain, better = (r.macro_f1(y, (logits - t * prior).argmax(1), 2) for t in (0, tau))
+        self.assertGreater(better, plain)
+        print(f"    prior correction: tau {tau}, macro-F1 {plain:.4f} -> {better:.4f}")
+
+
+class ResnetRuns(ResnetCase):
+    FLAGS = ("--regimes", "gradual", "--epochs", 2, "--batch-size", 64, "--limit", 200)
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.log = cls.tmp / "log"
+        cls.argv = small_flags(cls.data, *cls.FLAGS, "--out")
+        status = finish(start([*cls.argv, cls.tmp / "whole"], cls.log))
+        assert status == 0, cls.log.read_text()
+        cls.whole = results(cls.tmp / "whole")
+
+    def test_files(self):
+        """Everything that a run leaves, and a second call that finds all done."""
+        out = self.tmp / "whole"
+        names = {p.name for p in out.iterdir()}
+        self.assertEqual(
+            names,
+            {
+                ".lock",
+                "args.json",
+                "samples.png",
+                "gradual",
+                *(f"comparison.{kind}" for kind in ("json", "md", "png")),
+            },
+        )
+        names = {p.name for p in (out / "gradual").iterdir()}
+        self.assertEqual(
+            names,
+            {
+                "metrics.json",
+                "log.csv",
+                "best.pt",
+                "last.pt",
+                "curves.png",
+                "confusion.png",
+                "confusions_top.png",
+                "per_class.csv",
+            },
+        )
+        row = self.whole["gradual"][1]
+        self.assertEqual((row["trainable_params"], row["update_budget"]), (11_208_318, 6 * 180))
+        self.assertEqual([s["trains"] for s in row["stages"]], ["fc", "layer4", "all"])
+        clock = time.perf_counter()
+        status, text, _ = call_resnet(*self.argv, out)
+        lines = text.splitlines()
+        self.assertEqual(status, 0)
+        self.assertTrue(lines[0].startswith("continue with: ") and lines[-1] == lines[0])
+        self.assertIn("all is done", lines[1])
+        self.say(f"complete; the same command again: {time.perf_counter() - clock:.2f}s")
+
+    def test_other_arguments(self):
+        out = self.tmp / "whole"
+        status, _, err = call_resnet(*self.argv, out, "--lr", 0.1, "--seed", 3, "--checkpoint-minutes", 9)
+        self.assertEqual(status, 2)
+        self.assertIn("other arguments: --lr None, now 0.1; --seed 0, now 3", err)
+        self.say(err.strip()[-60:])
+
+    def test_killed(self):
+        """SIGKILL at steps and within writes: the results are an undisturbed run's, bit for bit."""
+        kills = [("forward", 1), ("half", 3), ("before", 4), ("after", 7), ("step", 5), ("half", 2)]
+        met = killed_run(self.argv, self.tmp / "killed", self.log, kills)
+        self.assertEqual(met, len(kills))
+        self.assertTrue(same(results(self.tmp / "killed"), self.whole))
+        self.say(f"{met} kills ({', '.join(f'{point} {count}' for point, count in kills)}): identical")
+
+    def test_terminated(self):
+        """SIGTERM: saved, exit 75, continued to the same bits."""
+        out = self.tmp / "terminated"
+        process = start([*self.argv, out], self.log)
+        while process.is_alive() and not (out / "gradual" / "last.pt").exists():
+            time.sleep(0.05)
+        time.sleep(1.0)
+        os.kill(process.pid, signal.SIGTERM)
+        self.assertEqual(finish(process), 75)
+        held = r.load_checkpoint(out / "gradual")
+        self.assertEqual(finish(start([*self.argv, out], self.log)), 0)
+        self.assertTrue(same(results(out), self.whole))
+        self.say(
+            f"75 in stage {held['number'] + 1}, epoch {held['epoch'] + 1}, step {held['step']}; identical"
+        )
+
+    def test_torn_checkpoint(self):
+        """A torn or changed last.pt is reported; the one before it is used."""
+        out = self.tmp / "torn"
+        process = start([*self.argv, out, "--checkpoint-minutes", 0], self.log, kill=("step", 9))
+        self.assertEqual(finish(process), -signal.SIGKILL)
+        last = out / "gradual" / "last.pt"
+        content = bytearray(last.read_bytes())
+        content[len(content) // 2] ^= 1
+        last.write_bytes(content)
+        log = self.tmp / "torn.log"
+        self.assertEqual(finish(start([*self.argv, out], log)), 0)
+        self.assertIn("last.pt is torn or corrupted (wrong checksum", log.read_text())
+        self.assertIn("continuing in epoch", log.read_text())
+        self.assertTrue(same(results(out), self.whole))
+        self.say("one bit changed: reported, continued from last.pt.prev, identical")
+
+    def test_full_disk(self):
+        """A save that fails ends the run with a clear line; the checkpoint before it is whole."""
+        out = self.tmp / "full"
+        plain, calls = os.fsync, [0]
+
+        def fsync(descriptor):
+            calls[0] += 1
+            if calls[0] > 12:
+                raise OSError(28, "No space left on device")
+            plain(descriptor)
+
+        with mock.patch.object(os, "fsync", fsync):
+            status, _, err = call_resnet(*self.argv, out, "--checkpoint-minutes", 0)
+        self.assertEqual(status, 1)
+        self.assertRegex(err, "could not be saved .No space left on device.; the one before it stands")
+        self.assertIsNotNone(r.load_checkpoint(out / "gradual"))
+        self.say(err.strip()[-80:])
+
+    def test_two_runs(self):
+        out = self.tmp / "two"
+        out.mkdir()
+        with r.folder_lock(out):
+            status, _, err = call_resnet(*self.argv, out)
+        self.assertEqual(status, 2)
+        self.assertIn("another run is writing into", err)
+        self.say(err.strip()[:50])
+
+    def test_compare(self):
+        target = self.tmp / "compared"
+        status, text, _ = call_resnet(
+            "--compare", self.tmp / "whole", self.tmp / "whole" / "gradual", "--out", target
+        )
+        self.assertEqual(status, 0)
+        self.assertEqual(len(json.loads((target / "comparison.json").read_text())["rows"]), 2)
+        self.assertIn("| gradual (32 px, seed 0) |", text)
+        status, _, err = call_resnet("--compare", self.tmp, "--out", target)
+        self.assertEqual(status, 2)
+        self.say(err.strip()[-60:])
+
+
+def killed_run(argv, out, log, kills):
+    """The run, killed at each of the points in turn, then to its end; returns how many of them it met."""
+    met = 0
+    for kill in [*kills, None]:
+        status = finish(start([*argv, out, "--checkpoint-minutes", 0], log, kill=kill))
+        assert status in (0, -signal.SIGKILL), f"status {status}: {Path(log).read_text()[-2000:]}"
+        if status == 0:  # done, before the point came
+            return met
+        met += 1
+
+
+class ResnetProcesses(ResnetCase):
+    def test_two_against_one(self):
+        """The probe with two gloo processes: first gradients and result of one process."""
+        base = ("--regimes", "linear_probe", "--amp", "off", "--epochs", 3, "--batch-size", 64, "--out")
+        argv = small_flags(self.data, *base)
+        self.assertEqual(
+            finish(start([*argv, self.tmp / "one"], self.tmp / "log", gradients=self.tmp / "g1")), 0
+        )
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
+        flags = [*argv, self.tmp / "two"]
+        ranks = [
+            start(flags, self.tmp / "log", env | {"RANK": str(k)}, gradients=self.tmp / "g2")
+            for k in range(2)
+        ]
+        self.assertEqual([finish(p) for p in ranks], [0, 0], (self.tmp / "log").read_text())
+        one = torch.load(self.tmp / "g1.0")
+        for k in range(2):
+            two = torch.load(self.tmp / f"g2.{k}")
+            off = max(float((a - b).norm() / a.norm()) for a, b in zip(one, two, strict=True))
+            self.assertLess(off, 1e-5)
+        rows = [self.tmp / n / "linear_probe" / "metrics.json" for n in ("one", "two")]
+        rows = [json.loads(path.read_text()) for path in rows]
+        self.assertAlmostEqual(
+            rows[0]["test_accuracy"], rows[1]["test_accuracy"], delta=0.011
+        )  # one image of 100
+        self.assertEqual(rows[1]["processes"], 2)
+        self.say(
+            f"first gradients within {off:.1e}, accuracy {rows[0]['test_accuracy']:.2%} and "
+            f"{rows[1]['test_accuracy']:.2%}"
+        )
+
+
+class ResnetPredict(ResnetCase):
+    def test_predict(self):
+        """Either polarity, any size, transparency: the same 28x28 image, centred with a margin of two."""
+        dark = Image.new("L", (300, 200), 245)
+        ImageDraw.Draw(dark).line((100, 30, 140, 170), fill=10, width=14)
+        light = Image.fromarray(255 - np.asarray(dark))
+        small, clear = dark.resize((75, 50)), Image.new("RGBA", (300, 200), (255, 255, 255, 0))
+        ImageDraw.Draw(clear).line((100, 30, 140, 170), fill=(10, 10, 10, 255), width=14)
+        read = []
+        for i, picture in enumerate((dark, light, small, clear)):
+            path = self.tmp / f"{i}.png"
+            picture.save(path)
+            read.append(r.read_character(path).float())
+        for image in read:
+            rows, columns = (image > 60).any(1).nonzero(), (image > 60).any(0).nonzero()
+            self.assertEqual((int(rows[0]), int(rows[-1])), (2, 25))
+            self.assertAlmostEqual(float(columns.float().mean()), 13.5, delta=0.51)
+        off = [float((image - read[0]).abs().mean()) for image in read[1:]]
+        self.assertLess(max(off), 8)
+        model = r.build_model(62, None, 0)
+        state = {"model": model.state_dict(), "classes": r.CLASSES, "image_size": 32}
+        torch.save(state, self.tmp / "best.pt")
+        paths = [self.tmp / "0.png", self.tmp / "1.png"]
+        status, text, _ = call_resnet(
+            "--predict", *paths, "--checkpoint", self.tmp / "best.pt", "--device", "cpu"
+        )
+        self.assertEqual((status, text.count("\n"), text.count("%")), (0, 2, 10))
+        self.say(f"mean difference {max(off):.2f} levels; {text.splitlines()[0].split(':', 1)[1]}")
+
+    def test_bad_images(self):
+        blank, broken = self.tmp / "blank.png", self.tmp / "broken.png"
+        Image.new("L", (40, 40), 200).save(blank)
+        broken.write_bytes(b"\x89PNG nothing")
+        state = {"model": r.build_model(62, None, 0).state_dict(), "classes": r.CLASSES, "image_size": 32}
+        torch.save(state, self.tmp / "best.pt")
+        (self.tmp / "none.pt").write_bytes(b"no checkpoint")
+        for image, checkpoint, text in (
+            (blank, "best.pt", "shows nothing"),
+            (broken, "best.pt", "is no readable image"),
+            (self.tmp / "missing.png", "best.pt", "is no readable image"),
+            (blank, "none.pt", "is no best.pt"),
+        ):
+            status, _, err = call_resnet(
+                "--predict", image, "--checkpoint", self.tmp / checkpoint, "--device", "cpu"
+            )
+            self.assertEqual((status, err.count("\n")), (2, 1))
+            self.assertIn(text, err)
+        status, _, err = call_resnet("--predict", blank)
+        self.assertIn("needs --checkpoint", err)
+        self.say("five clear lines")
+
+
+class ResnetBadInput(ResnetCase):
+    def test_flags(self):
+        cases = (
+            (["--regimes", "probe"], "probe is unknown or repeated"),
+            (["--regimes", "full", "full"], "full is unknown or repeated"),
+            (["--image-size", "16"], "16 is not at least 32"),
+            (["--patience", "0"], "0 is not at least 1"),
+            (["--epochs", "0"], "0 is not at least 1"),
+            (["--batch-size", "-4"], "-4 is not at least 1"),
+            (["--lr", "0"], "0 is not above 0"),
+            (["--lr", "nan"], "nan is not above 0"),
+            (["--limit", "3"], "3 is not at least 10"),
+            (["--epochs", "two"], "invalid number value: 'two'"),
+            (["--amp", "fp16"], "--amp fp16 needs a CUDA device"),
+            (["--nonsense"], "unrecognized arguments"),
+            (["--weights", "nowhere.pth"], "no readable state dict"),
+            (["--batch-size", "1", "--regimes", "full"], "images for a process and step are too few"),
+        )
+        for i, (flags, text) in enumerate(cases):
+            status, _, err = call_resnet(*small_flags(self.data, *flags, "--out", self.tmp / f"bad{i}"))
+            self.assertEqual((status, err.count("\n"), err[:7]), (2, 1, "error: "), err)
+            self.assertIn(text, err)
+        if not torch.cuda.is_available():
+            status, _, err = call_resnet(*small_flags(self.data, "--device", "cuda"))
+            self.assertIn("there is no cuda device here", err)
+        self.say(f"{len(cases)} clear lines")
+
+    def test_folders(self):
+        holding, file = self.tmp / "holding", self.tmp / "file"
+        holding.mkdir()
+        (holding / "thesis.tex").write_text("mine")
+        file.write_text("")
+        for out, text in ((holding, "holds other files (thesis.tex)"), (file / "below", "cannot be used")):
+            status, _, err = call_resnet(*small_flags(self.data, "--out", out))
+            self.assertEqual((status, err.count("\n")), (2, 1))
+            self.assertIn(text, err)
+        self.assertEqual([p.name for p in holding.iterdir()], ["thesis.tex"])
+        flags = small_flags(file / "data", "--out", self.tmp / "unused")
+        status, _, err = call_resnet(*flags)
+        self.assertIn("cannot write there", err)
+        self.say("three clear lines, nothing touched")
+
+    def test_data_files(self):
+        def images(root):
+            return root / "EMNIST" / "raw" / "emnist-byclass-train-images-idx3-ubyte"
+
+        def labels(root):
+            return root / "EMNIST" / "raw" / "emnist-byclass-train-labels-idx1-ubyte"
+
+        cases = (
+            (lambda d: images(d).write_bytes(images(d).read_bytes()[:-5]), "bytes, expected"),
+            (lambda d: images(d).write_bytes(b"\0\0"), "is not readable"),
+            (lambda d: write_idx(labels(d), np.zeros(299)), "300 images of [28, 28] pixels and 299 labels"),
+            (lambda d: write_idx(labels(d), np.full(300, 62)), "train labels reach 62, expected 0 to 61"),
+            (lambda d: write_idx(images(d), np.zeros((300, 8, 8))), "300 images of [8, 8] pixels"),
+        )
+        for i, (spoil, text) in enumerate(cases):
+            root = self.tmp / f"data{i}"
+            write_emnist(root)
+            spoil(root)
+            status, _, err = call_resnet(*small_flags(root, "--out", self.tmp / f"spoilt{i}"))
+            self.assertEqual((status, err.count("\n")), (2, 1))
+            self.assertIn(text, err)
+        self.say(f"{len(cases)} clear lines")
+
+    def test_out_of_memory(self):
+        for error in (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            RuntimeError("can't allocate memory: 9 bytes"),
+        ):
+            with mock.patch.object(r.Trainer, "train_step", side_effect=error):
+                status, _, err = call_resnet(*small_flags(self.data, "--out", tempfile.mkdtemp(dir=self.tmp)))
+            self.assertEqual(status, 1)
+            self.assertIn("--cache-gb 0", err)
+        self.say(err.strip())
+
+    def test_import(self):
+        """Importing the script prints and makes nothing."""
+        code = "import sys; sys.path.insert(0, sys.argv[1]); import resnet18"
+        here, empty = str(Path(r.__file__).parent), Path(tempfile.mkdtemp(dir=self.tmp))
+        done = subprocess.run([sys.executable, "-c", code, here], cwd=empty, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout, list(empty.iterdir())), (0, "", []))
+        self.say("silent")
+
+
 # ---------------------------------------------------------------------------------------------- speed
 
 
@@ -1656,6 +2441,103 @@ def bench_loop(device, faster, n=10_000, size=64, rounds=5):
     print(f"{seconds['torch']:.2f}s, ours {seconds['ours']:.2f}s: {ratio:.2f} of its time\n", flush=True)
 
 
+def images_per_second(step, batch, count=20):
+    """Median rate of `count` steps, after two to warm up."""
+    times = []
+    for _ in range(count + 2):
+        clock = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - clock)
+    return batch / float(np.median(times[2:]))
+
+
+def usual_loop(trains, images, labels):
+    """The step that people write: everything in the graph's way, float32, NCHW, BatchNorm as it comes."""
+    model = torchvision.models.resnet18()
+    model.fc = torch.nn.Linear(512, 62)
+    for name, p in model.named_parameters():
+        p.requires_grad = trains == "all" or name.startswith(r.PARTS[trains][1])
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-4)
+    x = r.prepare(images, 224).contiguous()
+
+    def step():
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def our_loop(trains, keep, images, labels, folder):
+    """One training step of resnet18.py on the same images; also its share outside of the model."""
+    flags = ["--image-size", "224", "--batch-size", str(len(labels)), "--device", "cpu"]
+    args = r.parse_args([*flags, *([] if keep else ["--cache-gb", "0"])])
+    run = r.Run(args)
+    run.out = folder
+    parts = ("train", "val", "test")
+    data = r.Data("random", r.CLASSES, dict.fromkeys(parts, images), dict.fromkeys(parts, labels))
+    model = r.build_model(62, None, 0).to(memory_format=torch.channels_last)
+    stage = {"fc": r.PROBE, "layer4": r.PARTIAL, "all": r.FULL}[trains]
+    progress = {"seconds": {}, "history": [], "stages": []}
+    t = r.Trainer(run, data, model, r.with_flags(stage, args), 0, folder, progress)
+    with contextlib.redirect_stdout(io.StringIO()):
+        t.frozen.compute(t.laps)
+    t.trained.train()
+    order = torch.arange(t.n)
+
+    def step():
+        t.step = 0
+        t.train_step(order)
+
+    return step, t
+
+
+def bench_resnet(batch=32, count=20, epochs=15):
+    """The speed table, at 224 px on random images, against the usual loop in the same process."""
+    images = torch.randint(0, 256, (batch, 28, 28), dtype=torch.uint8)
+    labels = torch.randint(0, 62, (batch,))
+    print(f"{r.device_name(torch.device('cpu'))}, torch {torch.__version__}, 224 px, batch {batch}, images/s")
+    with tempfile.TemporaryDirectory() as folder:
+        usual = {k: images_per_second(usual_loop(k, images, labels), batch, count) for k in r.PARTS}
+        ours = {}
+        for trains, keep in (("fc", True), ("layer4", True), ("layer4", False), ("all", False)):
+            step, t = our_loop(trains, keep, images, labels, Path(folder))
+            ours[trains, keep] = images_per_second(step, batch, count)
+        model = t.model.eval()
+        forward = images_per_second(lambda: r.whole_network(t.run, model, images, 224), batch, count)
+        data = images_per_second(lambda: r.prepare(images, 224), batch, count)
+    probe = 1 / (1 / forward + epochs / ours["fc", True])  # images/s through the pass and all epochs
+    rows = (
+        (f"linear probe, all {epochs} epochs", usual["fc"] / epochs, probe, 15),
+        ("partial unfreeze, layer3 kept", usual["layer4"], ours["layer4", True], 5),
+        ("partial unfreeze, layer3 recomputed", usual["layer4"], ours["layer4", False], 2),
+        ("full", usual["all"], ours["all", False], 2.3),
+    )
+    for name, before, after, goal in rows:
+        print(f"{name:36} usual {before:7.1f}  ours {after:7.1f}  {after / before:5.1f}x  (goal {goal}x)")
+    for name, key in (("recomputed layer3", ("layer4", False)), ("full", ("all", False))):
+        print(f"share of a step outside the model, {name}: {ours[key] / data:.1%}  (goal 5%)")
+
+
+def soak(n):
+    """n kills at random points, over as many runs as that takes, each compared with an undisturbed one."""
+    rng = random.Random(int(time.time()))
+    with tempfile.TemporaryDirectory() as name:
+        tmp, left, runs = Path(name), n, 0
+        write_emnist(tmp / "data")
+        argv = small_flags(tmp / "data", *ResnetRuns.FLAGS, "--out")
+        assert finish(start([*argv, tmp / "whole"], tmp / "log")) == 0
+        whole = results(tmp / "whole")
+        while left > 0:
+            runs += 1
+            points = ("step", "forward", "half", "before", "after")
+            kills = [(rng.choice(points), rng.randint(1, 9)) for _ in range(min(left, 8))]
+            left -= killed_run(argv, tmp / f"run{runs}", tmp / "log", kills)
+            assert same(results(tmp / f"run{runs}"), whole), kills
+            print(f"soak: {n - left}/{n} kills, {runs} runs, every one identical", flush=True)
+
+
 # ---------------------------------------------------------------------------------------------- the runner
 
 
@@ -1709,7 +2591,12 @@ def select(names):
 
 def main(argv):
     if argv[:1] == ["bench"]:
-        return bench_cnn()
+        bench_cnn()
+        bench_resnet()
+        return 0
+    if argv[:1] == ["soak"]:
+        soak(int(argv[1]))
+        return 0
     tests, clock = list(select(argv)), time.perf_counter()
     if not tests:
         print(f"no test's class or name begins with {' or '.join(argv)}", file=sys.stderr)
