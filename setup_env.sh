@@ -4,10 +4,12 @@
 #   ./setup_env.sh CMD ARG...    run CMD inside it
 #   ./setup_env.sh               only set it up
 #   source setup_env.sh          activate it in this shell (bash or zsh)
+#   ./setup_env.sh --container   on a cluster: make it in the overlay of the container that jobs run in
 #
 #   VENV=DIR             its folder (default: .venv next to this file)
 #   PYTHON=python3.12    what to make it with (default: python3 or python3.14 to 3.10, the first that will do)
 #   TORCH_INDEX_URL=URL  where torch and torchvision come from (default: chosen for the GPU's driver)
+#   IMAGE=FILE OVERLAY=FILE  the container (default: the cluster's CUDA 12.6 image, 25 GB overlay, in /scratch)
 
 [ -n "${BASH_VERSION:-}${ZSH_VERSION:-}" ] || exec bash "$0" "$@" # called as "sh setup_env.sh"
 if [ -n "${ZSH_VERSION:-}" ] || [ "${BASH_SOURCE[0]}" != "$0" ]; then
@@ -138,8 +140,67 @@ update() {
   echo "$new" >"$VENV/.stamp.new" && mv "$VENV/.stamp.new" "$VENV/.stamp"
 }
 
+fetch() { # an image or overlay that is not there yet, from where the cluster keeps them, packed or not
+  local dir from found=
+  [ ! -s "$1" ] || return 0
+  for dir in "${1%/*}" $public; do
+    for from in "$dir/${1##*/}" "$dir/${1##*/}.gz"; do
+      [ -n "$found" ] || [ ! -r "$from" ] || found=$from
+    done
+  done
+  [ -n "$found" ] || fail "no ${1##*/} in $public: copy one to $1, or set IMAGE and OVERLAY"
+  mkdir -p "${1%/*}" 2>/dev/null
+  { exec 8>>"$1.part"; } 2>/dev/null || fail "can't write to ${1%/*}: set IMAGE and OVERLAY"
+  flock -n 8 || fail "another set-up is fetching $1"
+  say "$1 from $found (minutes)"
+  # it takes its name when it is whole; an overlay is nearly empty, and stays so on the disk
+  if [[ $found == *.gz ]]; then gunzip -c "$found"; else cat "$found"; fi |
+    dd of="$1.part" bs=1M conv=sparse status=none
+  [ "${PIPESTATUS[*]}" = "0 0" ] && mv "$1.part" "$1" && return
+  fail "could not copy $found to $1 (is there room?)"
+}
+
+# The same environment in /ext3 of the overlay, which jobs then read. /ext3/env.sh comes last: with it, all is there.
+container() {
+  local engine inside said scratch=/scratch/${USER:-$(id -un)}
+  local public=${PUBLIC:-/scratch/work/public/singularity /scratch/work/public/overlay-fs-ext3
+    /share/apps/images /share/apps/overlay-fs-ext3}
+  [ "${ENVIRONMENT:-}" != BATCH ] || fail "--container is for a shell: jobs share the overlay and only read it"
+  engine=$(command -v singularity || command -v apptainer) || fail "no singularity on this machine"
+  IMAGE=$(realpath -ms "${IMAGE:-$scratch/cuda12.6.2-cudnn9.5.0-devel-ubuntu24.04.1.sif}")
+  OVERLAY=$(realpath -ms "${OVERLAY:-$scratch/overlay-25GB-500K.ext3}")
+  fetch "$IMAGE"
+  fetch "$OVERLAY"
+  inside=("$engine" -q exec --fakeroot --overlay "$OVERLAY:rw" --bind "${script%/*},${OVERLAY%/*}" "$IMAGE")
+  said=$("${inside[@]}" true 2>&1) || case $said in
+    *"in use"*) fail "$OVERLAY is in use by a job or another set-up: try again when that has ended" ;;
+    *) fail "the container does not start: ${said##*$'\n'}" ;;
+  esac
+  if [ -z "${PYTHON:-}" ] &&
+    ! "${inside[@]}" python3 -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' &>/dev/null; then
+    say "the image has no python3 of 3.10 or newer with venv: using Miniforge's, in /ext3/miniforge3"
+    export PYTHON=/ext3/miniforge3/bin/python3
+    "${inside[@]}" test -e /ext3/miniforge3/.complete || miniforge
+  fi
+  # CUDA 12, as a login node does not know the drivers of the GPU nodes; no cache in a small home folder
+  "${inside[@]}" env VENV=/ext3/env PIP_NO_CACHE_DIR=1 PYTHON="${PYTHON:-python3}" \
+    TORCH_INDEX_URL="${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cu126}" \
+    bash -c "rm -f /ext3/env.sh && bash '$script' && echo . /ext3/env/bin/activate >/ext3/env.sh"
+}
+
+miniforge() {
+  local url=https://github.com/conda-forge/miniforge/releases/latest/download/Miniforge3-Linux-x86_64.sh
+  curl -fsSL -o "$OVERLAY.miniforge" "${MINIFORGE_URL:-$url}" ||
+    fail "Miniforge can't be downloaded: try again, or PYTHON=... for another python3 in the image"
+  "${inside[@]}" bash -c "rm -rf /ext3/miniforge3 &&
+    bash '$OVERLAY.miniforge' -b -p /ext3/miniforge3 >/dev/null && touch /ext3/miniforge3/.complete" ||
+    fail "Miniforge can't be installed into $OVERLAY"
+  rm -f "$OVERLAY.miniforge"
+}
+
 case ${1:-} in
-  -h | --help) exec sed -n '2,10s/^# \{0,1\}//p' "$script" ;;
+  -h | --help) exec sed -n '2,12s/^# \{0,1\}//p' "$script" ;;
+  --container) container && exit ;;
   -*) fail "unknown option $1 (see --help)" ;;
 esac
 current || (update 3>&2) || exit 1

@@ -1982,7 +1982,7 @@ class ResnetMetrics(ResnetCase):
         f1 = metrics.f1_score(y, said, average=None, labels=range(62), zero_division=0)
         table = r.per_class(confusion, r.CLASSES)
         np.testing.assert_allclose([row["f1"] for row in table], f1)
-        print(f"    macro-F1 {ours['test_f1_macro']:.4f}, top-5 {ours['test_top5']:.4f}, 62 classes: equal")
+        self.say(f"macro-F1 {ours['test_f1_macro']:.4f}, top-5 {ours['test_top5']:.4f}, 62 classes: equal")
 
     def test_prior_correction(self):
         """On a rare class that the prior hides, the offset found on validation helps macro-F1."""
@@ -1994,7 +1994,7 @@ class ResnetMetrics(ResnetCase):
         tau = r.tune_tau(logits, y, prior)
         plain, better = (r.macro_f1(y, (logits - t * prior).argmax(1), 2) for t in (0, tau))
         self.assertGreater(better, plain)
-        print(f"    prior correction: tau {tau}, macro-F1 {plain:.4f} -> {better:.4f}")
+        self.say(f"prior correction: tau {tau}, macro-F1 {plain:.4f} -> {better:.4f}")
 
 
 class ResnetRuns(ResnetCase):
