@@ -661,6 +661,7 @@ def pictures(out, title, train, test, logits, log):
 
 # ---------------------------------------------------------------------------------------------- the run
 
+BEFORE = {"code", "commit"}  # what a batch job lays into OUT before the first start
 PICTURES = ("samples.png", "curves.png", "confusion.png", "mistakes.png")
 
 
@@ -724,7 +725,7 @@ def write_json(path, content):
 def finished(out, told):
     """Whether `out` holds a finished run of the same arguments; InputError if a run can't go there."""
     try:
-        held = {path.name for path in out.iterdir()} if out.exists() else set()
+        held = {path.name for path in out.iterdir()} - BEFORE if out.exists() else set()
         before = json.loads((out / "args.json").read_text()) if "args.json" in held else {}
     except (OSError, ValueError) as e:
         raise InputError(f"--out {out} can't be used ({one_line(e, 80)})") from e
