@@ -200,7 +200,7 @@ miniforge() {
 
 case ${1:-} in
   -h | --help) exec sed -n '2,12s/^# \{0,1\}//p' "$script" ;;
-  --container) container && exit ;;
+  --container) container; exit ;;
   -*) fail "unknown option $1 (see --help)" ;;
 esac
 current || (update 3>&2) || exit 1

@@ -7,7 +7,7 @@
 #
 #   VENV=DIR     the environment that the jobs use (default: .venv next to setup_env.sh, made when it is not there)
 #   TOOLS=DIR    keep Apptainer there for the next time
-#   KEEP=DIR     leave the jobs' logs there
+#   KEEP=DIR     leave the jobs' and SLURM's logs there
 #
 # Jobs, daemons and mounts live in namespaces of their own, which end with this script: the machine keeps nothing of
 # it but Debian's packages, and its files, users and network are neither used nor changed. The image is a stand-in:
@@ -236,7 +236,7 @@ shown() { log "$1" | grep -E -m 1 -e "$2" | sed 's/^/      | /'; }
 folder() { compgen -G "$P/results/*-$1"; }
 finish() { wait_for "${2:-300}" "job $1 to end" ended "$1"; } # finish JOB [SECONDS]
 exit_status() { field "$1" ExitCode | cut -d: -f1; }
-restart() { # SLURM lets a requeued job wait two minutes, here two seconds: within one it refuses the credentials
+restart() { # SLURM lets a requeued job wait two minutes, here two seconds
   wait_for 180 "job $1 to be requeued" is "$1" "PENDING" && sleep 2 &&
     wait_for 180 "job $1 to start again" started "$1"
 }
@@ -449,6 +449,7 @@ PY
   restarted() { [ "$(field "$two" Restarts)" = 1 ]; }
   check "a lost node: requeued, no hang" wait_for 240 "the requeue" restarted
   down g2-b
+  sleep 2 # a job that starts again within a second of its end has its credentials refused
   power_on g2-b
   restart "$two" && check "... resumed on two nodes" wait_for 240 "going on" logged "$two" 'continuing in'
   shown "$two" 'continuing in'
@@ -586,7 +587,7 @@ point_11() { # setup_env.sh --container, with small requirements and a packed ov
   install -d -o "$uid" -g "$uid" "$P" "$public"
   cp "$repo/setup_env.sh" "$P" && cp "$IMAGE" "$public/real.sif"
   gzip -c "$W/new.ext3" >"$public/new.ext3.gz"
-  python - "$W/home" <<'PY'
+  python - "$P" <<'PY'
 import sys, zipfile
 with zipfile.ZipFile(sys.argv[1] + "/tiny-1.0-py3-none-any.whl", "w") as f:
     f.writestr("tiny.py", "answer = 42\n")
@@ -594,7 +595,7 @@ with zipfile.ZipFile(sys.argv[1] + "/tiny-1.0-py3-none-any.whl", "w") as f:
     f.writestr("tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
     f.writestr("tiny-1.0.dist-info/RECORD", "")
 PY
-  echo "$W/home/tiny-1.0-py3-none-any.whl" >"$P/requirements.txt"
+  echo "$P/tiny-1.0-py3-none-any.whl" >"$P/requirements.txt"
   chown -R "$uid:$uid" "$P" "$public"
   base=$("$VENV/bin/python" -c 'import os, sys; print(os.path.realpath(sys.base_prefix))')
   local -x PUBLIC=$public IMAGE=$W/home/scratch/real.sif OVERLAY=$W/home/scratch/new.ext3
@@ -612,6 +613,10 @@ PY
   as sed -i 's/$/ /' requirements.txt
   sets_up "killed in the middle, and other requirements: made good" 0 "ready: /ext3/env"
   answers
+  as sed -i 's/tiny-1/tiny-2/' requirements.txt
+  sets_up "a package that is not there: one error, nothing on the host" 1 "ERROR"
+  check "... and that is all" [ "$(as ./setup_env.sh --container 2>&1 | grep -cE 'no .* found|ready')" = 0 ] &&
+    check "... and the host has no environment" [ ! -e "$P/.venv" ]
   IMAGE=$W/home/none.sif sets_up "no image anywhere" 1 "no none.sif in $public: copy one"
   OVERLAY=$W/home/none.ext3 sets_up "no overlay anywhere" 1 "no none.ext3 in $public"
   ENVIRONMENT=BATCH sets_up "from a job: refused" 1 "is for a shell"
@@ -633,6 +638,7 @@ answers() {
 # ---------------------------------------------------------------------------------------------- main
 
 mount --make-rprivate /
+mount --bind "$W" /mnt && W=/mnt # so that the logs show the same short paths each time
 # one address beside 127.0.0.1, without which SLURM finds no network
 ip link set lo up && ip address add 10.77.0.1/32 dev lo
 mkdir "$W/logs"
@@ -662,7 +668,7 @@ for point in "${points[@]}"; do
   wait_for 180 "the queue to empty" empty
   echo "point $point: $( ((failed)) && echo failed || echo passed) in $((SECONDS - start)) s"
 done
-cp -p "$P"/*_training_* "$W/logs/" 2>/dev/null
+cp -p "$P"/*_training_* "$W"/slurm/log/* "$W/logs/" 2>/dev/null
 scontrol shutdown 2>/dev/null
 echo "cluster: $passed passed, $bad failed, 0 skipped" >"$W/result"
 exit $((bad > 0))
