@@ -1004,6 +1004,10 @@ def finish_regime(run, name, data, weights_name, trainer):
     predicted = logits.argmax(1)
     confusion = metrics.confusion_matrix(labels, predicted, labels=range(len(data.classes)))
     write_csv(folder / "per_class.csv", per_class(confusion, data.classes))
+    counts = [dict(zip(data.classes, row, strict=True)) for row in confusion.tolist()]
+    write_csv(
+        folder / "confusion.csv", [{"true": c, **row} for c, row in zip(data.classes, counts, strict=True)]
+    )
     draw_curves(folder / "curves.png", progress["history"], name)
     draw_confusion(folder / "confusion.png", confusion, data.classes, f"{name}, {data.name}, test part")
     draw_top_confusions(folder / "confusions_top.png", confusion, data, predicted, name)

@@ -2034,6 +2034,7 @@ class ResnetRuns(ResnetCase):
                 "curves.png",
                 "confusion.png",
                 "confusions_top.png",
+                "confusion.csv",
                 "per_class.csv",
             },
         )

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Every run that the report quotes; hours on two cores. What is finished is left alone, what was cut short goes on.
+#
+#   report/experiments.sh                            all of them, on the official data and weights
+#   report/experiments.sh emnist-12k-64px-seed0 …    some of them
+#
+#   DATA=DIR      where MNIST and EMNIST lie (default: data, downloaded if need be)
+#   WEIGHTS=FILE  for ResNet-18 (default: imagenet, downloaded)
+#
+# The runs are in results/report; report/build.sh results/report makes the report from them, and their small files
+# are those in report/results.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=results/report
+wanted=("$@")
+
+run() { # run NAME SCRIPT ARGUMENT...
+  local name=$1
+  shift
+  [ ${#wanted[@]} = 0 ] || [[ " ${wanted[*]} " == *" $name "* ]] || return 0
+  echo "== $name"
+  ./setup_env.sh python "$@" --data-dir "${DATA:-data}" --out "$out/$name"
+}
+cnn() { run "$1" cnn_from_scratch.py --dataset mnist "${@:2}"; }
+emnist() { run "$1" resnet18.py --dataset emnist --weights "${WEIGHTS:-imagenet}" "${@:2}"; }
+
+# task 1: the spread over seeds, and the original course recipe
+for seed in {0..9}; do cnn "mnist-seed$seed" --seed "$seed"; done
+for seed in {0..2}; do
+  cnn "mnist-course-seed$seed" --seed "$seed" --batch-size 640 --lr 0.01 --momentum 0 --schedule constant
+done
+
+# task 2: the four regimes on 12,000 images at 64 px, and how far two more seeds are from that
+all=(--regimes linear_probe partial_unfreeze full gradual)
+for seed in {0..2}; do emnist "emnist-12k-64px-seed$seed" --limit 12000 --image-size 64 --seed "$seed" "${all[@]}"; done
+
+# the image's size
+emnist emnist-12k-112px --limit 12000 --image-size 112
+emnist emnist-12k-224px --limit 12000 --image-size 224
+
+# the techniques, one at a time, against emnist-12k-64px-seed0
+partial=(--limit 12000 --image-size 64 --regimes partial_unfreeze)
+emnist emnist-12k-64px-nocache "${partial[@]}" --cache-gb 0
+emnist emnist-12k-64px-float32 "${partial[@]}" --amp off
+emnist emnist-12k-64px-augment "${partial[@]}" --augment
+
+# all training images
+emnist emnist-112px --image-size 112
