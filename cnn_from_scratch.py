@@ -350,6 +350,8 @@ class CrossEntropy(Module):
 
     def bwd(self, out, logits, targets):
         g = getattr(out, "g", None)
+        if torch.is_tensor(g) and g.numel() != 1:
+            raise ValueError(f"CrossEntropy: loss.g is {list(g.shape)}, expected one number")
         p = torch.empty_like(logits).copy_(out.log_p).exp_()
         p.scatter_add_(1, targets.long()[:, None], p.new_full((len(p), 1), -1))
         logits.g = p.mul_((1 if g is None else g) / max(len(p), 1))
@@ -362,9 +364,8 @@ class Sequential:
         self.layers = list(layers)
 
     def __call__(self, x):
-        for (
-            layer
-        ) in self.layers:  # free the last step's tensors first: memory still in the cache is used again
+        # free the last step's tensors first: memory that is still in the cache is used again
+        for layer in self.layers:
             layer.args = layer.out = None
         for layer in self.layers:
             x = layer(x)
@@ -553,9 +554,7 @@ def train_epoch(model, optimizer, data, rates, report):
             bad = (~torch.stack(losses).isfinite()).nonzero()
             if len(bad):
                 step = int(bad[0])
-                raise FloatingPointError(
-                    f"the loss is {losses[step]:.3g} at step {step + 1}: try a smaller --lr"
-                )
+                raise FloatingPointError(f"the loss is {losses[step]:.3g} at step {step + 1}")
             report(len(sizes))
     total = sum(loss * n for loss, n in zip(losses, sizes))  # a smaller last batch counts as what it is
     return float(total) / sum(sizes), int(sum(hits)) / sum(sizes)
@@ -592,7 +591,10 @@ def fit(model, train, val, args):
 
         began = time.perf_counter()
         data = batches(*train, args.batch_size, generator, shift)
-        loss, accuracy = train_epoch(model, sgd, data, rates, report)
+        try:
+            loss, accuracy = train_epoch(model, sgd, data, rates, report)
+        except FloatingPointError as e:
+            raise FloatingPointError(f"{e} of epoch {epoch}: try a smaller --lr") from None
         seconds = time.perf_counter() - began  # the returned numbers have waited for the GPU
         val_loss, val_accuracy, _ = evaluate(model, *val)
         better = val_accuracy > best[0]

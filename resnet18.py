@@ -1063,12 +1063,16 @@ def show_images(axes, images):
 
 
 def draw_samples(path, data):
-    """Training images, upright, with their labels."""
+    """Training images, upright, with their labels; of EMNIST, first a row as its files hold them."""
+    images, labels, title = data.images["train"][:50], data.labels["train"][:50], "training images and labels"
+    if data.name.startswith("EMNIST"):
+        images, labels = torch.cat([upright(images[:10]), images]), torch.cat([labels[:10], labels])
+        title += "; top row: as the files hold those of the second row (transposed)"
     figure, axes = new_figure(10, 6.6, 6, 10)
-    show_images(list(axes.flat), data.images["train"])
-    for ax, label in zip(axes.flat, data.labels["train"], strict=False):
+    show_images(list(axes.flat), images)
+    for ax, label in zip(axes.flat, labels, strict=False):
         ax.set_title(data.classes[label], fontsize=12)
-    figure.suptitle(f"{data.name}: training images and labels")
+    figure.suptitle(f"{data.name}: {title}")
     save_figure(figure, path)
 
 

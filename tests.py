@@ -13,7 +13,9 @@ The oracle of a gradient is torch's autograd in float64 on the CPU, with random 
 import ast
 import contextlib
 import csv
+import functools
 import http.server
+import importlib.util
 import inspect
 import io
 import itertools
@@ -23,6 +25,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import struct
@@ -1300,7 +1303,7 @@ class BadInput(Case):
         out = self.tmp / "huge"
         status, _, err = call("--dataset", "digits", "--lr", "1e30", "--device", "cpu", "--out", out)
         self.assertEqual((status, err.count("\n")), (1, 1))
-        self.assertRegex(err, r"^error: the loss is (nan|inf) at .*step \d+")
+        self.assertRegex(err, r"^error: the loss is (nan|inf) at step \d+ of epoch 1: ")
         self.assertLessEqual({p.name for p in out.iterdir()}, {"args.json"})
         self.say(err.strip())
 
@@ -2319,6 +2322,94 @@ class ResnetBadInput(ResnetCase):
         self.say("silent")
 
 
+# ---------------------------------------------------------------------------------------------- documents
+
+
+class Documents(Case):
+    """README.md and the report's text against the results and the scripts."""
+
+    def setUp(self):
+        super().setUp()
+        self.root = Path(__file__).resolve().parent
+        if not (self.root / "README.md").exists() or not (self.root / "report").exists():
+            self.skipTest(
+                "no README.md and report/ beside this file"
+            )  # a job runs a copy of the scripts alone
+        self.readme = (self.root / "README.md").read_text()
+
+    def test_tables(self):
+        """README's tables are those that report/tables.py makes from report/results."""
+        spec = importlib.util.spec_from_file_location("tables", self.root / "report" / "tables.py")
+        tables = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(tables)
+        results = self.root / "report" / "results"
+        self.assertEqual(
+            self.readme, tables.with_tables(self.readme, results), "run report/tables.py --readme"
+        )
+        rows = {name: len(table(results)) - 1 for name, table in tables.TABLES.items()}
+        self.assertGreater(min(rows.values()), 0, rows)
+        self.assertEqual(set(re.findall(r"<!-- table ([\w-]+) -->", self.readme)), set(rows))
+        self.say(", ".join(f"{name} {n} rows" for name, n in rows.items()))
+
+    def commands(self):
+        """Every command of README's bash blocks and of its `inline code` that begins like one."""
+        blocks = "\n".join(re.findall(r"```bash\n(.*?)```", self.readme, re.S)).splitlines()
+        inline = re.findall(
+            r"`((?:\w+=\S+ )*(?:python|torchrun|sbatch|\./setup_env\.sh|report/)[^`]*)`", self.readme
+        )
+        for line in [re.sub(r" +#.*", "", line) for line in blocks] + inline:
+            yield from (
+                shlex.split(part.replace("…", "x")) for part in re.split(r"&&|;", line) if part.strip()
+            )
+
+    def test_commands(self):
+        """Every script, file, flag and value that README's commands name is there."""
+        count = 0
+        for words in self.commands():
+            with self.subTest(command=" ".join(words)):
+                count += self.accepts([w for w in words if not re.match(r"[A-Z_]+=", w)])
+        self.assertGreater(count, 25)
+        self.say(f"{count} commands")
+
+    def accepts(self, words):
+        """1 for a command of this project whose arguments are accepted, 0 for another program's."""
+        if words[0] == "./setup_env.sh" and words[1:] not in ([], ["--container"], ["CMD", "x"]):
+            words = words[1:]
+        if words[0].endswith((".sh", "setup_env.sh")):
+            self.assertTrue((self.root / words[0]).exists())
+            return 1
+        script = next((w for w in words if w.endswith((".py", ".sbatch"))), None)
+        if script is None or "-m" in words:
+            return 0
+        self.assertTrue((self.root / script).exists(), script)
+        given = words[words.index(script) + 1 :]
+        parse = {"cnn_from_scratch.py": c.parse, "run_cnn.sbatch": c.parse}
+        parse |= {"resnet18.py": r.parse_args, "run_resnet.sbatch": r.parse_args}
+        if script in parse and given[:1] != ["--help"]:
+            parse[script](given)
+        return 1
+
+    def test_report_numbers(self):
+        r"""No number is typed into the report's text: \R{...}, formulas and names aside, none is left."""
+        text = (self.root / "report" / "report.tex").read_text().split(r"\begin{document}")[1]
+        text = re.sub(r"\\begin\{thebibliography\}.*?\\end\{thebibliography\}", "", text, flags=re.S)
+        used = set(re.findall(r"\\R\{([^}]*)\}", text))
+        for pattern in (
+            r"(?m)(?<!\\)%.*$",
+            r"\\R\{[^}]*\}",
+            r"\\(label|ref|image|input|VerbatimInput|cite)(\[[^]]*\])?(\{[^}]*\}){1,2}",
+            r"\\\[.*?\\\]|\$[^$]*\$",
+            r"\\\\\[[^]]*\]",
+            r"[Tt]ask \d|[A-Za-z]-?\d+",
+            r"0, O and o, or 1, l and I",
+        ):
+            text = re.sub(pattern, " ", text, flags=re.S if r"\[" in pattern else 0)
+        left = re.findall(r".{0,30}\d.{0,20}", text)
+        self.assertEqual(left, [])
+        self.assertGreater(len(used), 60)
+        self.say(f"{len(used)} numbers, all of them from report/results")
+
+
 # ---------------------------------------------------------------------------------------------- speed
 
 
@@ -2468,15 +2559,15 @@ def usual_loop(trains, images, labels):
     return step
 
 
-def our_loop(trains, keep, images, labels, folder):
-    """One training step of resnet18.py on the same images; also its share outside of the model."""
-    flags = ["--image-size", "224", "--batch-size", str(len(labels)), "--device", "cpu"]
+def our_loop(trains, keep, images, labels, folder, *flags, layout=torch.channels_last):
+    """One training step of resnet18.py on the same images, and its trainer."""
+    flags = ["--image-size", "224", "--batch-size", str(len(labels)), "--device", "cpu", *flags]
     args = r.parse_args([*flags, *([] if keep else ["--cache-gb", "0"])])
     run = r.Run(args)
     run.out = folder
     parts = ("train", "val", "test")
     data = r.Data("random", r.CLASSES, dict.fromkeys(parts, images), dict.fromkeys(parts, labels))
-    model = r.build_model(62, None, 0).to(memory_format=torch.channels_last)
+    model = r.build_model(62, None, 0).to(memory_format=layout)
     stage = {"fc": r.PROBE, "layer4": r.PARTIAL, "all": r.FULL}[trains]
     progress = {"seconds": {}, "history": [], "stages": []}
     t = r.Trainer(run, data, model, r.with_flags(stage, args), 0, folder, progress)
@@ -2506,6 +2597,13 @@ def bench_resnet(batch=32, count=20, epochs=15):
         model = t.model.eval()
         forward = images_per_second(lambda: r.whole_network(t.run, model, images, 224), batch, count)
         data = images_per_second(lambda: r.prepare(images, 224), batch, count)
+        techniques, inputs = {}, r.prepare
+        for layout, amp in itertools.product((torch.channels_last, torch.contiguous_format), ("auto", "off")):
+            laid = functools.partial(torch.Tensor.contiguous, memory_format=layout)
+            with mock.patch.object(r, "prepare", lambda *a, laid=laid: laid(inputs(*a))):
+                step, t = our_loop("all", False, images, labels, Path(folder), "--amp", amp, layout=layout)
+                name = f"full, {t.run.amp.replace('off', 'float32')}, {str(layout)[6:]}"
+                techniques[name] = images_per_second(step, batch, count)
     probe = 1 / (1 / forward + epochs / ours["fc", True])  # images/s through the pass and all epochs
     rows = (
         (f"linear probe, all {epochs} epochs", usual["fc"] / epochs, probe, 15),
@@ -2515,6 +2613,8 @@ def bench_resnet(batch=32, count=20, epochs=15):
     )
     for name, before, after, goal in rows:
         print(f"{name:36} usual {before:7.1f}  ours {after:7.1f}  {after / before:5.1f}x  (goal {goal}x)")
+    for name, rate in techniques.items():
+        print(f"{name:36} {rate:6.1f}")
     for name, key in (("recomputed layer3", ("layer4", False)), ("full", ("all", False))):
         print(f"share of a step outside the model, {name}: {ours[key] / data:.1%}  (goal 5%)")
 

@@ -669,6 +669,7 @@ for point in "${points[@]}"; do
   echo "point $point: $( ((failed)) && echo failed || echo passed) in $((SECONDS - start)) s"
 done
 cp -p "$P"/*_training_* "$W"/slurm/log/* "$W/logs/" 2>/dev/null
+(cd "$P" && ls -l --time-style=long-iso ./*_training_*) >"$W/logs/files.txt" 2>/dev/null
 scontrol shutdown 2>/dev/null
 echo "cluster: $passed passed, $bad failed, 0 skipped" >"$W/result"
 exit $((bad > 0))

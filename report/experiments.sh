@@ -7,7 +7,8 @@
 #   DATA=DIR      where MNIST and EMNIST lie (default: data, downloaded if need be)
 #   WEIGHTS=FILE  for ResNet-18 (default: imagenet, downloaded)
 #
-# The runs are in results/report; report/build.sh results/report makes the report from them, and their small files
+# Beside them: python tests.py bench >bench.txt, python tests.py >tests.txt, and in cluster/ the jobs' logs that
+# KEEP=DIR .ci/cluster.sh 1 2 leaves. The runs are in results/report; report/build.sh results/report makes the report from them, and their small files
 # are those in report/results.
 set -euo pipefail
 cd "$(dirname "$0")/.."

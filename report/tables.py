@@ -1,0 +1,587 @@
+"""A folder of runs becomes what the report and the README show, so that no number is typed by hand.
+
+    python report/tables.py RESULTS OUT    numbers, tables and figures for report.tex, into OUT
+    python report/tables.py --readme       the tables in README.md, from report/results
+
+Runs are found by their metrics.json, whatever their folders are called. Beside them may lie bench.txt and
+tests.txt (what "python tests.py bench" and "python tests.py" print) and a folder cluster (jobs' logs).
+What is missing shows as n/a.
+"""
+
+import csv
+import json
+import re
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import cnn_from_scratch as c  # noqa: E402 - for the worked example
+
+REGIMES = ("linear_probe", "partial_unfreeze", "full", "gradual")
+COLOURS = dict(zip(REGIMES, ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=True))
+MARKERS = dict(zip(REGIMES, "os^D", strict=True))
+# characters drawn alike: most of those whose cases EMNIST's authors merge (by-merge), and zero and one
+GROUPS = ("0Oo", "1Il", "Cc", "Jj", "Kk", "Mm", "Pp", "Ss", "Uu", "Vv", "Ww", "Xx", "Yy", "Zz")
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def read_runs(results):
+    """Finished runs below `results`, those of the CNN and those of ResNet-18, each a dict of its metrics."""
+    cnn, resnet = [], []
+    for path in sorted(results.rglob("metrics.json")):
+        row = json.loads(path.read_text()) | {"folder": path.parent}
+        told = next(
+            (p / "args.json" for p in (path.parent, path.parent.parent) if (p / "args.json").exists()), None
+        )
+        told = json.loads(told.read_text()) if told else {}
+        row["arguments"] = told.get("arguments", told)
+        if row["arguments"].get("dry_run"):
+            continue
+        if "regime" in row:
+            resnet.append(row | {"images": row["samples_per_epoch"], "variant": variant(row)})
+        else:
+            cnn.append(row)
+    return cnn, resnet
+
+
+def variant(row):
+    """What was switched on or off beside the regime and the size."""
+    told = row["arguments"]
+    words = ["augmented"] * bool(told.get("augment"))
+    words += ["layer3 recomputed"] * (told.get("cache_gb") == 0)
+    words += ["float32"] * (told.get("amp") == "off")
+    return ", ".join(words)
+
+
+def read_csv(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def grouped(rows, key):
+    groups = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def resnet_groups(resnet):
+    """Runs that differ in the seed alone, ordered by images, size, variant and regime."""
+
+    def key(r):
+        return (
+            r["images"],
+            r["image_size"],
+            r["variant"],
+            REGIMES.index(r["regime"]),
+            r["dataset"],
+            r["weights"],
+        )
+
+    return [rows for _, rows in sorted(grouped(resnet, key).items())]
+
+
+def cnn_groups(cnn):
+    """The default recipe, the course's and others: runs that differ in the seed alone."""
+
+    def key(r):
+        names = ("epochs", "batch_size", "lr", "momentum", "schedule")
+        return r["dataset"], *(r["arguments"].get(k) for k in names)
+
+    return grouped(cnn, key)
+
+
+def recipe(key):
+    dataset, epochs, size, lr, momentum, schedule = key
+    if (size, lr, momentum, schedule) == (64, 0.1, 0.9, "onecycle"):
+        return "default"
+    if (size, lr, momentum, schedule) == (640, 0.01, 0, "constant"):
+        return "course"
+    return f"batch {size}, lr {lr}, momentum {momentum}, {schedule}, {epochs} epochs"
+
+
+def mean_std(rows, key, scale=1.0):
+    values = [row[key] * scale for row in rows]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def duration(seconds):
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def mnist_table(results):
+    head = ["recipe", "seeds", "test accuracy", "lowest to highest", "training", "on"]
+    table = [head]
+    groups = sorted(cnn_groups(read_runs(results)[0]).items(), key=lambda item: recipe(item[0]) != "default")
+    for key, rows in groups:
+        mean, std = mean_std(rows, "test_accuracy", 100)
+        values = [100 * r["test_accuracy"] for r in rows]
+        name = {"default": "default, batch 64", "course": "the course's original"}.get(
+            recipe(key), recipe(key)
+        )
+        name += " (DIGITS)" * (key[0] != "mnist")
+        seconds = statistics.median(r["train_seconds"] for r in rows)
+        spread = f"{mean:.2f} % ± {std:.2f}" if len(rows) > 1 else f"{mean:.2f} %"
+        limits = f"{min(values):.2f} to {max(values):.2f} %"
+        table.append([name, str(len(rows)), spread, limits, f"{seconds:.1f} s", rows[0]["device"]])
+    return table
+
+
+def emnist_table(results):
+    head = ["images", "px", "regime", "seeds", "accuracy", "precision", "recall", "macro-F1"]
+    table = [[*head, "trainable", "epochs", "training", "in all"]]
+    for rows in resnet_groups(read_runs(results)[1]):
+        one = rows[0]
+        mean, std = mean_std(rows, "test_accuracy", 100)
+        scores = [f"{mean_std(rows, f'test_{k}_macro')[0]:.3f}" for k in ("precision", "recall", "f1")]
+        name = one["regime"] + f" ({one['variant']})" * bool(one["variant"])
+        cells = [f"{one['images']:,}", str(one["image_size"]), name, str(len(rows))]
+        cells += [f"{mean:.2f} % ± {std:.2f}" if len(rows) > 1 else f"{mean:.2f} %", *scores]
+        epochs = sorted({r["epochs_run"] for r in rows})
+        cells += [
+            f"{one['trainable_params']:,}",
+            "–".join(str(e) for e in dict.fromkeys((epochs[0], epochs[-1]))),
+        ]
+        table.append(
+            cells
+            + [duration(statistics.median(r[k] for r in rows)) for k in ("train_seconds", "total_seconds")]
+        )
+    return table
+
+
+def bench_lines(results):
+    path = results / "bench.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def step_table(results):
+    table = [["batch", "torch.nn NCHW", "torch.nn channels_last", "by hand", "speed by hand"]]
+    for line in bench_lines(results):
+        if found := re.fullmatch(r"\s+(\d+)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)x\s+\S+", line):
+            batch, *ms, speed = found.groups()
+            table.append([batch, *(f"{m} ms" for m in ms), f"{speed}×"])
+        elif found := re.search(
+            r"of ([\d,]+) images, batch (\d+): .*\((\w+)\) ([\d.]+)s, ours ([\d.]+)s", line
+        ):
+            images, batch, layout, torch_s, ours_s = found.groups()
+            columns = ("", f"{torch_s} s") if layout == "channels_last" else (f"{torch_s} s", "")
+            name = f"training loop, batch {batch}, {images} images"
+            table.append([name, *columns, f"{ours_s} s", f"{float(torch_s) / float(ours_s):.2f}×"])
+    return table
+
+
+def regime_speed_table(results):
+    table = [["224 px, batch 32", "usual loop", "here", "factor"]]
+    for line in bench_lines(results):
+        if found := re.match(r"(.+?) +usual +([\d.]+) +ours +([\d.]+) +([\d.]+)x", line):
+            name, usual, ours, factor = found.groups()
+            table.append([name, f"{usual} images/s", f"{ours} images/s", f"{factor}×"])
+    return table
+
+
+def technique_table(results):
+    table = [["full, 224 px, batch 32", "images/s"]]
+    for line in bench_lines(results):
+        if found := re.match(r"full, (\w+), (\w+) +([\d.]+)$", line):
+            table.append([f"{found[1]}, {found[2].replace('contiguous_format', 'NCHW')}", found[3]])
+    return table
+
+
+TABLES = {
+    "mnist": mnist_table,
+    "step": step_table,
+    "emnist": emnist_table,
+    "regime-speed": regime_speed_table,
+    "technique": technique_table,
+}
+
+
+def markdown(table):
+    rows = [table[0], ["---"] * len(table[0]), *table[1:]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def tex(text):
+    for old, new in (("%", r"\%"), ("_", r"\_"), ("±", r"$\pm$"), ("×", r"$\times$"), ("–", "--")):
+        text = text.replace(old, new)
+    return text
+
+
+def latex(table):
+    columns = "l" * (not table[0][0][:1].isdigit()) or "r"
+    lines = [r"\begin{tabular}{%s}" % (columns + "r" * (len(table[0]) - 1)), r"\toprule"]
+    rows = [" & ".join(tex(cell) for cell in row) + r" \\" for row in table]
+    return "\n".join([*lines, rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}", ""])
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def numbers_of(results):
+    r"""Name -> text of every number in the report's sentences, read there as \R{name}."""
+    cnn, resnet = read_runs(results)
+    found = {}
+    for key, rows in cnn_groups(cnn).items():
+        if recipe(key) in ("default", "course"):
+            found |= cnn_numbers("mnist" if recipe(key) == "default" else "course", rows)
+    groups = resnet_groups(resnet)
+    found |= resnet_numbers(groups) if groups else {}
+    found |= bench_numbers(results)
+    return found
+
+
+def cnn_numbers(name, rows):
+    mean, std = mean_std(rows, "test_accuracy", 100)
+    values = [100 * r["test_accuracy"] for r in rows]
+    seconds = statistics.median(r["train_seconds"] for r in rows)
+    row = {"accuracy": f"{mean:.2f}", "std": f"{std:.2f}", "seeds": len(rows), "dataset": rows[0]["dataset"]}
+    row |= {"low": f"{min(values):.2f}", "high": f"{max(values):.2f}", "seconds": f"{seconds:.1f}"}
+    row |= {
+        "params": f"{rows[0]['trainable_params']:,}",
+        "epochs": rows[0]["epochs"],
+        "batch": rows[0]["batch_size"],
+    }
+    row |= {
+        "train": f"{rows[0]['samples_per_epoch']:,}",
+        "device": rows[0]["device"],
+        "torch": rows[0]["torch"],
+    }
+    row["errors"] = f"{100 - mean:.2f}"
+    return {f"{name}/{k}": str(v) for k, v in row.items()}
+
+
+def scopes(groups):
+    """Named sets of groups: all images (main), most regimes (small), and the ablations at the same images."""
+
+    def plain(rows):
+        return not rows[0]["variant"]
+
+    def at(images, px, variant=""):
+        return [
+            g
+            for g in groups
+            if (g[0]["images"], g[0]["image_size"], g[0]["variant"]) == (images, px, variant)
+        ]
+
+    places = {(g[0]["images"], g[0]["image_size"]) for g in groups if plain(g)}
+    named = {"main": at(*max(places))}
+    small = max(places, key=lambda place: (len(at(*place)), sum(map(len, at(*place)))))
+    named["small"] = at(*small)
+    named |= {f"px{px}": at(small[0], px) for px in (64, 112, 224)}
+    named |= {v.replace("layer3 ", ""): at(*small, v) for v in ("augmented", "layer3 recomputed", "float32")}
+    return named
+
+
+def resnet_numbers(groups):
+    found, named = {}, scopes(groups)
+    for scope, members in named.items():
+        for rows in members:
+            one, name = rows[0], f"{scope}/{rows[0]['regime']}"
+            mean, std = mean_std(rows, "test_accuracy", 100)
+            seconds = statistics.median(r["train_seconds"] for r in rows)
+            row = {
+                "accuracy": f"{mean:.1f}",
+                "std": f"{std:.1f}",
+                "seeds": len(rows),
+                "px": one["image_size"],
+            }
+            for k in ("precision_macro", "recall_macro", "f1_macro"):
+                row[k.split("_")[0]] = f"{mean_std(rows, 'test_' + k)[0]:.3f}"
+            row |= {"top5": f"{mean_std(rows, 'test_top5', 100)[0]:.1f}", "images": f"{one['images']:,}"}
+            row |= {
+                "time": duration(seconds),
+                "epochs": one["epochs_run"],
+                "rate": f"{one['images_per_second']:.0f}",
+            }
+            row |= {"params": f"{one['trainable_params']:,}", "device": one["device"], "amp": one["amp"]}
+            row |= {"dataset": one["dataset"], "weights": one["weights"], "torch": one["torch"]}
+            corrected = [r["prior_corrected"] for r in rows]
+            row["correctedrecall"] = f"{mean_std(corrected, 'test_recall_macro')[0]:.3f}"
+            row["correctedaccuracy"] = f"{mean_std(corrected, 'test_accuracy', 100)[0]:.1f}"
+            row["gigabytes"] = f"{one['peak_memory_bytes'] / 1e9:.1f}"
+            found |= {f"{name}/{k}": str(v) for k, v in row.items()}
+            base = {g[0]["regime"]: g for g in named["small"]}.get(one["regime"])
+            if base:
+                points = mean - mean_std(base, "test_accuracy", 100)[0]
+                factor = seconds / statistics.median(r["train_seconds"] for r in base)
+                found |= {f"{name}/points": f"{points:+.1f}", f"{name}/factor": f"{factor:.1f}"}
+        found |= against(scope, members, "linear_probe", "probe") | against(
+            scope, members, "partial_unfreeze", "partial"
+        )
+    best = max(named["main"], key=lambda rows: mean_std(rows, "test_accuracy")[0])
+    found["best/regime"] = best[0]["regime"].replace("_", " ")
+    found |= {
+        k.replace("main/" + best[0]["regime"], "best"): v
+        for k, v in found.items()
+        if k.startswith("main/" + best[0]["regime"] + "/")
+    }
+    return found | alike_numbers(best[0])
+
+
+def against(scope, members, regime, short):
+    """What each regime of a scope gains on one of them, and how many times its training time it takes."""
+    base = next((rows for rows in members if rows[0]["regime"] == regime), None)
+    if base is None:
+        return {}
+    found = {}
+    for rows in members:
+        times = [statistics.median(r["train_seconds"] for r in g) for g in (rows, base)]
+        points = mean_std(rows, "test_accuracy", 100)[0] - mean_std(base, "test_accuracy", 100)[0]
+        name = f"{scope}/{rows[0]['regime']}/{short}"
+        found |= {f"{name}points": f"{points:+.1f}", f"{name}times": f"{times[0] / times[1]:.1f}"}
+    return found
+
+
+def confusion_of(row):
+    path = row["folder"] / "confusion.csv"
+    if not path.exists():
+        return None, None
+    rows = read_csv(path)
+    classes = [r.pop("true") for r in rows]
+    return classes, [[int(v) for v in r.values()] for r in rows]
+
+
+def alike_numbers(row):
+    """The ceiling for a reader to whom the members of a group look alike, and what this run loses there."""
+    classes, confusion = confusion_of(row)
+    if classes is None or not all(k in classes for group in GROUPS for k in group):
+        return {}
+    total = sum(map(sum, confusion))
+    images = {k: sum(line) for k, line in zip(classes, confusion, strict=True)}
+    lost = sum(sum(images[k] for k in group) - max(images[k] for k in group) for group in GROUPS)
+    group_of = {k: next((g for g in GROUPS if k in g), k) for k in classes}
+    merged = within = errors = 0
+    for a, line in zip(classes, confusion, strict=True):
+        for b, n in zip(classes, line, strict=True):
+            merged += n * (group_of[a] == group_of[b])
+            within += n * (a != b and group_of[a] == group_of[b])
+            errors += n * (a != b)
+    row = {"ceiling": f"{100 * (1 - lost / total):.1f}", "merged": f"{100 * merged / total:.1f}"}
+    row |= {
+        "share": f"{100 * within / errors:.0f}",
+        "groups": len(GROUPS),
+        "classes": len(set(group_of.values())),
+    }
+    return {f"alike/{k}": str(v) for k, v in row.items()} | {"test/images": f"{total:,}"}
+
+
+def bench_numbers(results):
+    found = {}
+    for row in step_table(results)[1:]:
+        name = "loop" if row[0].startswith("training") else row[0]
+        found[f"step/{name}/ours"], found[f"step/{name}/speed"] = row[3].split()[0], row[4].rstrip("×")
+    for row, name in zip(
+        regime_speed_table(results)[1:], ("probe", "kept", "recomputed", "full"), strict=False
+    ):
+        found[f"speed/{name}"] = row[3].rstrip("×")
+    rates = {row[0]: float(row[1]) for row in technique_table(results)[1:]}
+    if len(rates) == 4:
+        base = rates["float32, NCHW"]
+        for name, rate in rates.items():
+            found[f"technique/{name.replace(', ', '/')}"] = f"{rate / base:.1f}"
+    sizes = re.findall(r", (\d+) px, batch (\d+), images/s", "\n".join(bench_lines(results)))
+    found |= {"bench/px": sizes[-1][0]} if sizes else {}
+    passed = re.findall(r"^(\d+) passed, (\d+) failed", read_text(results / "tests.txt"), re.M)
+    if passed:
+        found["tests/passed"], found["tests/failed"] = passed[-1]
+    return found
+
+
+def read_text(path):
+    return path.read_text() if path.exists() else ""
+
+
+# ---------------------------------------------------------------------------------------------- the example
+
+
+def matrix(values):
+    return (
+        r"\begin{pmatrix}"
+        + r" \\ ".join(" & ".join(f"{v:g}" for v in row) for row in values)
+        + r"\end{pmatrix}"
+    )
+
+
+def worked_example():
+    """One 3 x 3 image and a 2 x 2 kernel through Conv2D: name -> LaTeX of its matrices."""
+    conv = c.Conv2D(1, 1, 2, device="cpu", dtype=torch.float64)
+    x = torch.arange(9.0, dtype=torch.float64).reshape(1, 1, 3, 3)
+    conv.W.copy_(torch.tensor([[[[1.0, 2.0], [0.0, -1.0]]]]))
+    conv.b.fill_(3.0)
+    y = conv(x)
+    y.g = torch.tensor([[[[1.0, 0.0], [2.0, -1.0]]]], dtype=torch.float64)
+    conv.backward()
+    cols = F.unfold(x, 2)[0]
+    cols = torch.cat([cols, torch.ones_like(cols[:1])])
+    weights = torch.cat([conv.W.flatten(), conv.b])[None]
+    shown = {"x": x[0, 0], "cols": cols, "w": weights, "y": y.reshape(1, 4), "dy": y.g.reshape(1, 4)}
+    shown |= {"dw": torch.cat([conv.W.g.flatten(), conv.b.g])[None], "dx": x.g[0, 0]}
+    shown["dcols"] = conv.W.reshape(4, 1) @ y.g.reshape(1, 4)
+    return {f"example/{k}": matrix(v.tolist()) for k, v in shown.items()}
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+def new_axes(width, height, columns=1):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def draw_curves(path, members):
+    """Validation and training accuracy of every regime over the epochs of a set of runs."""
+    figure, axes = new_axes(7.2, 2.6, 2)
+    for rows in members:
+        log, regime = read_csv(rows[0]["folder"] / "log.csv"), rows[0]["regime"]
+        for ax, part in zip(axes, ("train", "val"), strict=True):
+            values = [100 * float(line[f"{part}_accuracy"]) for line in log]
+            ax.plot(
+                range(1, len(log) + 1),
+                values,
+                color=COLOURS[regime],
+                marker=MARKERS[regime],
+                ms=3,
+                label=regime,
+            )
+    for ax, part in zip(axes, ("training", "validation"), strict=True):
+        ax.set(xlabel="epoch", ylabel=f"{part} accuracy (%)")
+        ax.grid(alpha=0.3)
+    axes[1].legend(fontsize=8)
+    figure.savefig(path)
+
+
+def draw_compute(path, groups):
+    """Test accuracy over training time of all runs, seeds averaged."""
+    figure, (ax,) = new_axes(7.2, 3.4)
+    for rows in groups:
+        one = rows[0]
+        mean, std = mean_std(rows, "test_accuracy", 100)
+        minutes = statistics.median(r["train_seconds"] for r in rows) / 60
+        name = (
+            f"{one['image_size']} px"
+            + f", {one['variant']}" * bool(one["variant"])
+            + ", all images" * (one["images"] > 50000)
+        )
+        ax.errorbar(
+            minutes, mean, std, fmt=MARKERS[one["regime"]], color=COLOURS[one["regime"]], ms=6, capsize=2
+        )
+        ax.annotate(name, (minutes, mean), xytext=(5, -9), textcoords="offset points", fontsize=6.5)
+    for regime in dict.fromkeys(rows[0]["regime"] for rows in groups):
+        ax.plot([], [], MARKERS[regime], color=COLOURS[regime], label=regime)
+    ax.set(xscale="log", xlabel="training time (minutes, logarithmic)", ylabel="test accuracy (%)")
+    ax.margins(0.12)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def draw_confusion(path, row, count=18):
+    """The part of the confusion matrix with the most errors, as shares of the true class."""
+    classes, confusion = confusion_of(row)
+    if classes is None:
+        return
+    size = range(len(classes))
+    errors = [sum(confusion[i][j] + confusion[j][i] for j in size if j != i) for i in size]
+    worst = sorted(size, key=lambda i: -errors[i])[:count]
+    worst.sort(key=lambda i: next((g for g in GROUPS if classes[i] in g), classes[i]).lower())
+    share = [[100 * confusion[i][j] / max(1, sum(confusion[i])) for j in worst] for i in worst]
+    figure, (ax,) = new_axes(4.6, 4.2)
+    picture = ax.imshow(share, cmap="cividis", vmin=0, vmax=100)
+    for i, line in enumerate(share):
+        for j, value in enumerate(line):
+            if value >= 1:
+                ax.text(
+                    j,
+                    i,
+                    f"{value:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=6,
+                    color="black" if value > 55 else "white",
+                )
+    names = [classes[i] for i in worst]
+    ax.set_xticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel="predicted", ylabel="true")
+    figure.colorbar(picture, ax=ax, shrink=0.8, label="% of the true class")
+    figure.savefig(path)
+
+
+def verbatim(path, text, lines=40, width=118):
+    """The last lines, cut to the page."""
+    kept = [line.replace("±", "+-")[:width] for line in text.expandtabs().splitlines()][-lines:]
+    path.write_text("\n".join(kept or ["n/a"]) + "\n")
+
+
+def write_report(results, out):
+    out.mkdir(parents=True, exist_ok=True)
+    cnn, resnet = read_runs(results)
+    if not cnn and not resnet:
+        raise SystemExit(f"error: no metrics.json of a finished run below {results}")
+    numbers = numbers_of(results) | worked_example()
+    lines = [
+        rf"\expandafter\def\csname r:{k}\endcsname{{{v if k.startswith('example/') else tex(v)}}}"
+        for k, v in numbers.items()
+    ]
+    (out / "numbers.tex").write_text("\n".join(lines) + "\n")
+    for name, table in TABLES.items():
+        (out / f"table-{name}.tex").write_text(latex(table(results)))
+    groups = resnet_groups(resnet)
+    if groups:
+        named = scopes(groups)
+        best = max(named["main"], key=lambda rows: mean_std(rows, "test_accuracy")[0])[0]
+        draw_curves(out / "curves.pdf", named["small"])
+        draw_compute(out / "compute.pdf", groups)
+        draw_confusion(out / "confusion.pdf", best)
+        for source, name in (
+            (best["folder"].parent / "samples.png", "samples.png"),
+            (best["folder"] / "confusions_top.png", "top.png"),
+        ):
+            if source.exists():
+                shutil.copy(source, out / name)
+    default = [rows for key, rows in cnn_groups(cnn).items() if recipe(key) == "default"] or [cnn]
+    for name in ("curves.png", "mistakes.png"):
+        sources = [row["folder"] / name for row in default[0] if (row["folder"] / name).exists()]
+        if sources:
+            shutil.copy(sources[0], out / f"mnist-{name}")
+    verbatim(out / "tests.txt", read_text(results / "tests.txt"), 24)
+    for log in ("cnn.out", "resnet.out", "vanished.out", "files.txt"):
+        verbatim(out / f"cluster-{log[:-4]}.txt", read_text(results / "cluster" / log))
+
+
+# ---------------------------------------------------------------------------------------------- README
+
+
+def with_tables(text, results):
+    """README's text with the tables between <!-- table NAME --> and <!-- end --> made anew."""
+
+    def made(found):
+        return f"{found[1]}\n{markdown(TABLES[found[2]](results))}\n{found[3]}"
+
+    return re.sub(r"(<!-- table ([\w-]+) -->)\n.*?(<!-- end -->)", made, text, flags=re.S)
+
+
+def main(argv):
+    if argv == ["--readme"]:
+        path = HERE.parent / "README.md"
+        path.write_text(with_tables(path.read_text(), HERE / "results"))
+    elif len(argv) == 2:
+        write_report(Path(argv[0]), Path(argv[1]))
+    else:
+        raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
