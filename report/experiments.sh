@@ -7,9 +7,9 @@
 #   DATA=DIR      where MNIST and EMNIST lie (default: data, downloaded if need be)
 #   WEIGHTS=FILE  for ResNet-18 (default: imagenet, downloaded)
 #
-# Beside them: python tests.py bench >bench.txt, python tests.py >tests.txt, and in cluster/ the jobs' logs that
-# KEEP=DIR .ci/cluster.sh 1 2 leaves. The runs are in results/report; report/build.sh results/report makes the report from them, and their small files
-# are those in report/results.
+# The runs are in results/report, and their small files are those in report/results. Beside them there lie bench.txt
+# (python tests.py bench), tests.txt (python tests.py) and, in cluster/, logs that KEEP=DIR .ci/cluster.sh 1 2 leaves.
+# report/build.sh results/report makes the report from them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=results/report
