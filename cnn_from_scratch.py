@@ -20,6 +20,8 @@ innermost, im2col, pooling and folding move long contiguous runs, and a convolut
 import argparse
 import contextlib
 import csv
+import ctypes
+import functools
 import json
 import math
 import os
@@ -357,11 +359,25 @@ class CrossEntropy(Module):
         logits.g = p.mul_((1 if g is None else g) / max(len(p), 1))
 
 
+@functools.cache  # once is enough
+def keep_freed_memory():
+    """Has glibc keep freed memory for what comes next; nothing happens with another C library.
+
+    By default it gives large blocks back to the system and takes them anew at every step, at the price of a
+    page fault for every 4 KB: a step takes up to 1.8 times as long at batch 128, 1.6 times at batch 640.
+    """
+    mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
+
+
 class Sequential:
     """Layers one after the other: y = model(x); set y.g (or let CrossEntropy do it); model.backward(y)."""
 
     def __init__(self, *layers):
         self.layers = list(layers)
+        keep_freed_memory()
 
     def __call__(self, x):
         # free the last step's tensors first: memory that is still in the cache is used again
