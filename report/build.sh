@@ -16,9 +16,9 @@ command -v pdflatex >/dev/null || {
 }
 cd "$here"
 rm -rf generated
+export SOURCE_DATE_EPOCH=0 FORCE_SOURCE_DATE=1 # the same bytes from the same results
 "$here/../setup_env.sh" python tables.py "$results" generated
 echo "${AUTHOR:-}" >generated/author.tex
-export SOURCE_DATE_EPOCH=0 FORCE_SOURCE_DATE=1 # the same bytes from the same results
 for _ in 1 2; do # twice, for the references
   pdflatex -interaction=nonstopmode -halt-on-error report.tex >generated/pdflatex.log || {
     grep -A 5 '^!' generated/pdflatex.log >&2

@@ -1,7 +1,7 @@
 """A folder of runs becomes what the report and the README show, so that no number is typed by hand.
 
     python report/tables.py RESULTS OUT    numbers, tables and figures for report.tex, into OUT
-    python report/tables.py --readme       the tables in README.md, from report/results
+    python report/tables.py --readme       README.md's tables and picture, from report/results
 
 Runs are found by their metrics.json, whatever their folders are called. Beside them may lie bench.txt and
 tests.txt (what "python tests.py bench" and "python tests.py" print) and a folder cluster (jobs' logs).
@@ -114,6 +114,11 @@ def mean_std(rows, key, scale=1.0):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def signed(points):
+    """One place after the point, with its sign; what rounds to nothing has none."""
+    return f"{points:+.1f}" if abs(points) >= 0.05 else "0.0"
+
+
 def duration(seconds):
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
@@ -214,16 +219,17 @@ def markdown(table):
 
 
 def tex(text):
+    text = re.sub(r"(?<![\w.])-(?=\d)", "$-$", text)
     for old, new in (("%", r"\%"), ("_", r"\_"), ("±", r"$\pm$"), ("×", r"$\times$"), ("–", "--")):
         text = text.replace(old, new)
     return text
 
 
 def latex(table):
-    columns = "l" * (not table[0][0][:1].isdigit()) or "r"
-    lines = [r"\begin{tabular}{%s}" % (columns + "r" * (len(table[0]) - 1)), r"\toprule"]
+    words = ["l" if any(row[k][:1].isalpha() for row in table[1:]) else "r" for k in range(len(table[0]))]
     rows = [" & ".join(tex(cell) for cell in row) + r" \\" for row in table]
-    return "\n".join([*lines, rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}", ""])
+    top = [rf"\begin{{tabular}}{{{''.join(words)}}}", r"\toprule", rows[0], r"\midrule"]
+    return "\n".join([*top, *rows[1:], r"\bottomrule", r"\end{tabular}"]) + "%\n"
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -246,7 +252,12 @@ def cnn_numbers(name, rows):
     mean, std = mean_std(rows, "test_accuracy", 100)
     values = [100 * r["test_accuracy"] for r in rows]
     seconds = statistics.median(r["train_seconds"] for r in rows)
-    row = {"accuracy": f"{mean:.2f}", "std": f"{std:.2f}", "seeds": len(rows), "dataset": rows[0]["dataset"]}
+    row = {
+        "accuracy": f"{mean:.2f}",
+        "std": f"{std:.2f}",
+        "seeds": len(rows),
+        "dataset": rows[0]["dataset"].upper(),
+    }
     row |= {"low": f"{min(values):.2f}", "high": f"{max(values):.2f}", "seconds": f"{seconds:.1f}"}
     row |= {
         "params": f"{rows[0]['trainable_params']:,}",
@@ -316,7 +327,7 @@ def resnet_numbers(groups):
             if base:
                 points = mean - mean_std(base, "test_accuracy", 100)[0]
                 factor = seconds / statistics.median(r["train_seconds"] for r in base)
-                found |= {f"{name}/points": f"{points:+.1f}", f"{name}/factor": f"{factor:.1f}"}
+                found |= {f"{name}/points": signed(points), f"{name}/factor": f"{factor:.1f}"}
         found |= against(scope, members, "linear_probe", "probe") | against(
             scope, members, "partial_unfreeze", "partial"
         )
@@ -327,6 +338,16 @@ def resnet_numbers(groups):
         for k, v in found.items()
         if k.startswith("main/" + best[0]["regime"] + "/")
     }
+    images = named["small"][0][0]["images"]
+    found["frontier/small"] = "; ".join(frontier([g for g in groups if g[0]["images"] == images]))
+    size = f"px{named['main'][0][0]['image_size']}"
+    less = {g[0]["regime"]: mean_std(g, "test_accuracy", 100)[0] for g in named.get(size, [])}
+    for rows in named["main"]:
+        one = rows[0]
+        if one["images"] > images and one["regime"] in less:
+            points = mean_std(rows, "test_accuracy", 100)[0] - less[one["regime"]]
+            found[f"data/{one['regime']}/points"] = signed(points)
+            found["data/times"] = f"{one['images'] / images:.1f}"
     return found | alike_numbers(best[0])
 
 
@@ -340,8 +361,23 @@ def against(scope, members, regime, short):
         times = [statistics.median(r["train_seconds"] for r in g) for g in (rows, base)]
         points = mean_std(rows, "test_accuracy", 100)[0] - mean_std(base, "test_accuracy", 100)[0]
         name = f"{scope}/{rows[0]['regime']}/{short}"
-        found |= {f"{name}points": f"{points:+.1f}", f"{name}times": f"{times[0] / times[1]:.1f}"}
+        found |= {f"{name}points": signed(points), f"{name}times": f"{times[0] / times[1]:.1f}"}
     return found
+
+
+def frontier(groups):
+    """The groups than which none is both cheaper and more accurate, the cheapest first."""
+    cost = {id(g): statistics.median(r["train_seconds"] for r in g) for g in groups}
+    kept, best = [], -1.0
+    for rows in sorted(groups, key=lambda g: cost[id(g)]):
+        accuracy = mean_std(rows, "test_accuracy", 100)[0]
+        if accuracy > best:
+            one, best = rows[0], accuracy
+            name = one["regime"].replace("_", " ") + f", {one['variant']}," * bool(one["variant"])
+            kept.append(
+                f"{name} at {one['image_size']} pixels ({accuracy:.1f} % in {duration(cost[id(rows)])})"
+            )
+    return kept
 
 
 def confusion_of(row):
@@ -409,7 +445,7 @@ def read_text(path):
 def matrix(values):
     return (
         r"\begin{pmatrix}"
-        + r" \\ ".join(" & ".join(f"{v:g}" for v in row) for row in values)
+        + r" \\ ".join(" & ".join(f"{v + 0.0:g}" for v in row) for row in values)
         + r"\end{pmatrix}"
     )
 
@@ -463,28 +499,24 @@ def draw_curves(path, members):
 
 
 def draw_compute(path, groups):
-    """Test accuracy over training time of all runs, seeds averaged."""
-    figure, (ax,) = new_axes(7.2, 3.4)
-    for rows in groups:
-        one = rows[0]
-        mean, std = mean_std(rows, "test_accuracy", 100)
-        minutes = statistics.median(r["train_seconds"] for r in rows) / 60
-        name = (
-            f"{one['image_size']} px"
-            + f", {one['variant']}" * bool(one["variant"])
-            + ", all images" * (one["images"] > 50000)
-        )
-        ax.errorbar(
-            minutes, mean, std, fmt=MARKERS[one["regime"]], color=COLOURS[one["regime"]], ms=6, capsize=2
-        )
-        ax.annotate(name, (minutes, mean), xytext=(5, -9), textcoords="offset points", fontsize=6.5)
-    for regime in dict.fromkeys(rows[0]["regime"] for rows in groups):
-        ax.plot([], [], MARKERS[regime], color=COLOURS[regime], label=regime)
+    """Test accuracy over training time of all runs, seeds averaged; numbered by time, the key beside."""
+    figure, (ax,) = new_axes(8.4, 3.6)
+    cost = [statistics.median(r["train_seconds"] for r in rows) / 60 for rows in groups]
+    places = sorted(zip(cost, groups, strict=True), key=lambda place: place[0])
+    for number, (minutes, rows) in enumerate(places, 1):
+        one, (mean, std) = rows[0], mean_std(rows, "test_accuracy", 100)
+        name = f"{one['image_size']} px" + f", {one['variant']}" * bool(one["variant"])
+        name = f"{number}  {one['regime']}, {name}, {one['images']:,} images"
+        style = {"fmt": MARKERS[one["regime"]], "color": COLOURS[one["regime"]], "ms": 6, "capsize": 2}
+        ax.errorbar(minutes, mean, std if len(rows) > 1 else None, label=name, **style)
+        x, y, side = ((-6, -3, "right"), (-3, 6, "center"), (3, -13, "center"))[number % 3]
+        ax.annotate(str(number), (minutes, mean), (x, y), textcoords="offset points", ha=side, fontsize=8)
     ax.set(xscale="log", xlabel="training time (minutes, logarithmic)", ylabel="test accuracy (%)")
-    ax.margins(0.12)
+    ax.margins(y=0.12)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    figure.savefig(path)
+    handles, names = ax.get_legend_handles_labels()
+    figure.legend([h[0] for h in handles], names, loc="outside right center", fontsize=7, frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def draw_confusion(path, row, count=18):
@@ -575,8 +607,9 @@ def with_tables(text, results):
 
 def main(argv):
     if argv == ["--readme"]:
-        path = HERE.parent / "README.md"
-        path.write_text(with_tables(path.read_text(), HERE / "results"))
+        path, results = HERE.parent / "README.md", HERE / "results"
+        path.write_text(with_tables(path.read_text(), results))
+        draw_compute(results / "compute.png", resnet_groups(read_runs(results)[1]))
     elif len(argv) == 2:
         write_report(Path(argv[0]), Path(argv[1]))
     else:
