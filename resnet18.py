@@ -33,6 +33,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import string
 import subprocess
 import sys
@@ -370,6 +371,18 @@ def emnist_files(root):
     return {(p, k): (raw / f"emnist-byclass-{p}-{k}-idx{d}-ubyte", d) for p, (k, d) in kinds}
 
 
+@contextlib.contextmanager
+def network_timeout(seconds=30):
+    """A silent network would hang the run."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@network_timeout()
 def download_emnist(root):
     """torchvision's archive and checksum, unpacked beside and moved into place when it is whole."""
     beside = Path(root) / ".download"
@@ -497,6 +510,7 @@ def normalisation(device):
 # ---------------------------------------------------------------------------------------------- model
 
 
+@network_timeout()
 def load_weights(spec):
     """State dict of the backbone (None: random) and its honest name."""
     if spec == "none":

@@ -114,6 +114,12 @@ def mean_std(rows, key, scale=1.0):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def spread_of(rows, places):
+    """Mean test accuracy in percent, with the standard deviation over seeds where there are several."""
+    mean, std = mean_std(rows, "test_accuracy", 100)
+    return f"{mean:.{places}f} %" + f" ± {std:.{places}f}" * (len(rows) > 1)
+
+
 def signed(points):
     """One place after the point, with its sign; what rounds to nothing has none."""
     return f"{points:+.1f}" if abs(points) >= 0.05 else "0.0"
@@ -131,16 +137,16 @@ def mnist_table(results):
     table = [head]
     groups = sorted(cnn_groups(read_runs(results)[0]).items(), key=lambda item: recipe(item[0]) != "default")
     for key, rows in groups:
-        mean, std = mean_std(rows, "test_accuracy", 100)
         values = [100 * r["test_accuracy"] for r in rows]
         name = {"default": "default, batch 64", "course": "the course's original"}.get(
             recipe(key), recipe(key)
         )
         name += " (DIGITS)" * (key[0] != "mnist")
         seconds = statistics.median(r["train_seconds"] for r in rows)
-        spread = f"{mean:.2f} % ± {std:.2f}" if len(rows) > 1 else f"{mean:.2f} %"
         limits = f"{min(values):.2f} to {max(values):.2f} %"
-        table.append([name, str(len(rows)), spread, limits, f"{seconds:.1f} s", rows[0]["device"]])
+        table.append(
+            [name, str(len(rows)), spread_of(rows, 2), limits, f"{seconds:.1f} s", rows[0]["device"]]
+        )
     return table
 
 
@@ -149,11 +155,10 @@ def emnist_table(results):
     table = [[*head, "trainable", "epochs", "training", "in all"]]
     for rows in resnet_groups(read_runs(results)[1]):
         one = rows[0]
-        mean, std = mean_std(rows, "test_accuracy", 100)
         scores = [f"{mean_std(rows, f'test_{k}_macro')[0]:.3f}" for k in ("precision", "recall", "f1")]
         name = one["regime"] + f" ({one['variant']})" * bool(one["variant"])
         cells = [f"{one['images']:,}", str(one["image_size"]), name, str(len(rows))]
-        cells += [f"{mean:.2f} % ± {std:.2f}" if len(rows) > 1 else f"{mean:.2f} %", *scores]
+        cells += [spread_of(rows, 2), *scores]
         epochs = sorted({r["epochs_run"] for r in rows})
         cells += [
             f"{one['trainable_params']:,}",
@@ -254,7 +259,7 @@ def cnn_numbers(name, rows):
     seconds = statistics.median(r["train_seconds"] for r in rows)
     row = {
         "accuracy": f"{mean:.2f}",
-        "std": f"{std:.2f}",
+        "spread": spread_of(rows, 2),
         "seeds": len(rows),
         "dataset": rows[0]["dataset"].upper(),
     }
@@ -304,7 +309,7 @@ def resnet_numbers(groups):
             seconds = statistics.median(r["train_seconds"] for r in rows)
             row = {
                 "accuracy": f"{mean:.1f}",
-                "std": f"{std:.1f}",
+                "spread": spread_of(rows, 1),
                 "seeds": len(rows),
                 "px": one["image_size"],
             }
@@ -331,7 +336,7 @@ def resnet_numbers(groups):
         found |= against(scope, members, "linear_probe", "probe") | against(
             scope, members, "partial_unfreeze", "partial"
         )
-    best = max(named["main"], key=lambda rows: mean_std(rows, "test_accuracy")[0])
+    best = max(named["main"], key=lambda rows: mean_std(rows, "val_accuracy")[0])
     found["best/regime"] = best[0]["regime"].replace("_", " ")
     found |= {
         k.replace("main/" + best[0]["regime"], "best"): v
@@ -366,13 +371,13 @@ def against(scope, members, regime, short):
 
 
 def frontier(groups):
-    """The groups than which none is both cheaper and more accurate, the cheapest first."""
+    """The groups than which none is both cheaper and more accurate on validation, the cheapest first."""
     cost = {id(g): statistics.median(r["train_seconds"] for r in g) for g in groups}
     kept, best = [], -1.0
     for rows in sorted(groups, key=lambda g: cost[id(g)]):
-        accuracy = mean_std(rows, "test_accuracy", 100)[0]
-        if accuracy > best:
-            one, best = rows[0], accuracy
+        accuracy, chosen_by = (mean_std(rows, f"{part}_accuracy", 100)[0] for part in ("test", "val"))
+        if chosen_by > best:
+            one, best = rows[0], chosen_by
             name = one["regime"].replace("_", " ") + f", {one['variant']}," * bool(one["variant"])
             kept.append(
                 f"{name} at {one['image_size']} pixels ({accuracy:.1f} % in {duration(cost[id(rows)])})"
@@ -410,6 +415,7 @@ def alike_numbers(row):
         "groups": len(GROUPS),
         "classes": len(set(group_of.values())),
     }
+    row["names"] = ", ".join("/".join(group) for group in GROUPS)
     return {f"alike/{k}": str(v) for k, v in row.items()} | {"test/images": f"{total:,}"}
 
 
@@ -479,7 +485,7 @@ def new_axes(width, height, columns=1):
 def draw_curves(path, members):
     """Validation and training accuracy of every regime over the epochs of a set of runs."""
     figure, axes = new_axes(7.2, 2.6, 2)
-    for rows in members:
+    for rows in reversed(members):  # gradual below: its first stage is the probe
         log, regime = read_csv(rows[0]["folder"] / "log.csv"), rows[0]["regime"]
         for ax, part in zip(axes, ("train", "val"), strict=True):
             values = [100 * float(line[f"{part}_accuracy"]) for line in log]
@@ -573,7 +579,7 @@ def write_report(results, out):
     groups = resnet_groups(resnet)
     if groups:
         named = scopes(groups)
-        best = max(named["main"], key=lambda rows: mean_std(rows, "test_accuracy")[0])[0]
+        best = max(named["main"], key=lambda rows: mean_std(rows, "val_accuracy")[0])[0]
         draw_curves(out / "curves.pdf", named["small"])
         draw_compute(out / "compute.pdf", groups)
         draw_confusion(out / "confusion.pdf", best)
