@@ -297,14 +297,21 @@ class MaxPool2D(Module):
         N, C, H, W = x.shape
         (pH, pW), order = self.padding, sorted(range(4), key=lambda d: -x.stride(d))
         for dim, shape in ((2, (N, C, H + 2 * pH, g.shape[3])), (3, (N, C, H + 2 * pH, W + 2 * pW))):
-            dx = torch.empty_permuted(shape, order, dtype=x.dtype, device=x.device).zero_()
-            taps, overlap = self.taps(dx, dim, g.shape[dim]), self.stride[dim - 2] < self.kernel[dim - 2]
+            k, s = self.kernel[dim - 2], self.stride[dim - 2]
+            dx = torch.empty_permuted(shape, order, dtype=x.dtype, device=x.device)
+            if k != s or shape[dim] != s * g.shape[dim]:  # else the taps are all of it, each element once
+                dx.zero_()
+            taps = self.taps(dx, dim, g.shape[dim])
             for tap, beat in zip(taps[:0:-1], out.argmax[dim][::-1]):  # from the last tap to the second
-                won = torch.mul(g, beat, out=None if overlap else tap)
-                if overlap:
+                won = torch.mul(g, beat, out=None if s < k else tap)
+                if s < k:
                     tap += won
-                g = g - won  # what is left for the taps before
-            taps[0].add_(g)
+                last = tap is taps[1] and s >= k
+                g = torch.sub(g, won, out=taps[0] if last else None)  # what is left for the taps before
+            if s < k:
+                taps[0].add_(g)
+            elif k == 1:
+                taps[0].copy_(g)
             g = dx
         x.g = torch.empty_like(x).copy_(g[:, :, pH : pH + H, pW : pW + W]) if pH or pW else g
 
