@@ -525,7 +525,7 @@ def draw_compute(path, groups):
     figure.savefig(path, dpi=150)
 
 
-def draw_confusion(path, row, count=18):
+def draw_confusion(path, row, count=15):
     """The part of the confusion matrix with the most errors, as shares of the true class."""
     classes, confusion = confusion_of(row)
     if classes is None:
@@ -535,7 +535,7 @@ def draw_confusion(path, row, count=18):
     worst = sorted(size, key=lambda i: -errors[i])[:count]
     worst.sort(key=lambda i: next((g for g in GROUPS if classes[i] in g), classes[i]).lower())
     share = [[100 * confusion[i][j] / max(1, sum(confusion[i])) for j in worst] for i in worst]
-    figure, (ax,) = new_axes(4.6, 4.2)
+    figure, (ax,) = new_axes(4.2, 3.7)
     picture = ax.imshow(share, cmap="cividis", vmin=0, vmax=100)
     for i, line in enumerate(share):
         for j, value in enumerate(line):
