@@ -295,9 +295,17 @@ def scopes(groups):
     named = {"main": at(*max(places))}
     small = max(places, key=lambda place: (len(at(*place)), sum(map(len, at(*place)))))
     named["small"] = at(*small)
-    named |= {f"px{px}": at(small[0], px) for px in (64, 112, 224)}
+    same = [same_seeds(g, groups) for g in at(*small)]
+    named |= {"same": same} | {f"px{px}": at(small[0], px) for px in (64, 112, 224) if px != small[1]}
+    named[f"px{small[1]}"] = same
     named |= {v.replace("layer3 ", ""): at(*small, v) for v in ("augmented", "layer3 recomputed", "float32")}
     return named
+
+
+def same_seeds(rows, groups):
+    """Those runs of a group whose seeds all groups at as many images have: what differs is not the seed."""
+    peers = [{r["seed"] for r in g} for g in groups if g[0]["images"] == rows[0]["images"]]
+    return [r for r in rows if r["seed"] in set.intersection(*peers)] or rows
 
 
 def resnet_numbers(groups):
@@ -328,7 +336,7 @@ def resnet_numbers(groups):
             row["correctedaccuracy"] = f"{mean_std(corrected, 'test_accuracy', 100)[0]:.1f}"
             row["gigabytes"] = f"{one['peak_memory_bytes'] / 1e9:.1f}"
             found |= {f"{name}/{k}": str(v) for k, v in row.items()}
-            base = {g[0]["regime"]: g for g in named["small"]}.get(one["regime"])
+            base = {g[0]["regime"]: g for g in named["same"]}.get(one["regime"])
             if base:
                 points = mean - mean_std(base, "test_accuracy", 100)[0]
                 factor = seconds / statistics.median(r["train_seconds"] for r in base)
@@ -344,7 +352,9 @@ def resnet_numbers(groups):
         if k.startswith("main/" + best[0]["regime"] + "/")
     }
     images = named["small"][0][0]["images"]
-    found["frontier/small"] = "; ".join(frontier([g for g in groups if g[0]["images"] == images]))
+    peers = [same_seeds(g, groups) for g in groups if g[0]["images"] == images]
+    found["frontier/small"] = "; ".join(frontier(peers))
+    found["frontier/seeds"] = ", ".join(str(r["seed"]) for r in peers[0])
     size = f"px{named['main'][0][0]['image_size']}"
     less = {g[0]["regime"]: mean_std(g, "test_accuracy", 100)[0] for g in named.get(size, [])}
     for rows in named["main"]:
