@@ -604,7 +604,7 @@ def write_report(results, out):
         sources = [row["folder"] / name for row in default[0] if (row["folder"] / name).exists()]
         if sources:
             shutil.copy(sources[0], out / f"mnist-{name}")
-    verbatim(out / "tests.txt", read_text(results / "tests.txt"), 24)
+    verbatim(out / "tests.txt", read_text(results / "tests.txt"), 14)
     for log in ("cnn.out", "resnet.out", "vanished.out", "files.txt"):
         verbatim(out / f"cluster-{log[:-4]}.txt", read_text(results / "cluster" / log))
 
