@@ -106,7 +106,7 @@ class RunFailed(RuntimeError):
     """A training that cannot go on: one line, exit status 1."""
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # as KeyboardInterrupt: no "except Exception" may take it for an error
     """SIGTERM or SIGINT, after everything is saved: exit status 75."""
 
 
@@ -166,9 +166,9 @@ class Run:
             dist.barrier()
 
     def ask_stop(self, *_):
+        self.stop_asked = True  # first: whoever catches the exception, the next poll() stops
         if self.stop_at_once:  # nothing to save here: every file is written in one piece
             raise Stopped
-        self.stop_asked = True
 
     def poll(self, save):
         """Between steps: calls save() when it is due or a stop was asked for; every rank decides the same."""
@@ -178,10 +178,9 @@ class Run:
             agreed = torch.tensor(want)
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
             want = int(agreed)
-        self.stop_asked = want == 2
         if want:
             save()
-        if self.stop_asked:
+        if want == 2:
             raise Stopped
 
 

@@ -2052,6 +2052,16 @@ class ResnetRuns(ResnetCase):
         self.assertIn("all is done", lines[1])
         self.say(f"complete; the same command again: {time.perf_counter() - clock:.2f}s")
 
+    def test_stop_in_a_library(self):
+        """A signal while a file is read is no error of that file; caught by others, it acts at the next step."""
+        run = r.Run(r.parse_args(["--device", "cpu"]))
+        with mock.patch.object(r.zipfile, "ZipFile", side_effect=run.ask_stop):
+            self.assertRaises(r.Stopped, r.load_file, self.tmp / "file")
+        saved = []
+        self.assertRaises(r.Stopped, run.poll, lambda: saved.append(1))
+        self.assertEqual(saved, [1])
+        self.say("Stopped, then and at the next step")
+
     def test_other_arguments(self):
         out = self.tmp / "whole"
         status, _, err = call_resnet(*self.argv, out, "--lr", 0.1, "--seed", 3, "--checkpoint-minutes", 9)
