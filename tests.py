@@ -2053,7 +2053,7 @@ class ResnetRuns(ResnetCase):
         self.say(f"complete; the same command again: {time.perf_counter() - clock:.2f}s")
 
     def test_stop_in_a_library(self):
-        """A signal while a file is read is no error of that file; caught by others, it acts at the next step."""
+        """A signal while a file is read is not that file's error; if swallowed, it acts at the next step."""
         run = r.Run(r.parse_args(["--device", "cpu"]))
         with mock.patch.object(r.zipfile, "ZipFile", side_effect=run.ask_stop):
             self.assertRaises(r.Stopped, r.load_file, self.tmp / "file")
