@@ -114,6 +114,22 @@ def mean_std(rows, key, scale=1.0):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def cost_of(rows):
+    """Median seconds of training over the seeds."""
+    return statistics.median(r["train_seconds"] for r in rows)
+
+
+def difference(rows, base):
+    """Points of test accuracy that a group gains on another, and how many times its training time it takes."""
+    points = mean_std(rows, "test_accuracy", 100)[0] - mean_std(base, "test_accuracy", 100)[0]
+    return signed(points), f"{cost_of(rows) / cost_of(base):.1f}"
+
+
+def best_of(groups):
+    """The group that is best on validation."""
+    return max(groups, key=lambda rows: mean_std(rows, "val_accuracy")[0])
+
+
 def spread_of(rows, places):
     """Mean test accuracy in percent, with the standard deviation over seeds where there are several."""
     mean, std = mean_std(rows, "test_accuracy", 100)
@@ -142,10 +158,9 @@ def mnist_table(results):
             recipe(key), recipe(key)
         )
         name += " (DIGITS)" * (key[0] != "mnist")
-        seconds = statistics.median(r["train_seconds"] for r in rows)
         limits = f"{min(values):.2f} to {max(values):.2f} %"
         table.append(
-            [name, str(len(rows)), spread_of(rows, 2), limits, f"{seconds:.1f} s", rows[0]["device"]]
+            [name, str(len(rows)), spread_of(rows, 2), limits, f"{cost_of(rows):.1f} s", rows[0]["device"]]
         )
     return table
 
@@ -254,16 +269,13 @@ def numbers_of(results):
 
 
 def cnn_numbers(name, rows):
-    mean, std = mean_std(rows, "test_accuracy", 100)
     values = [100 * r["test_accuracy"] for r in rows]
-    seconds = statistics.median(r["train_seconds"] for r in rows)
     row = {
-        "accuracy": f"{mean:.2f}",
         "spread": spread_of(rows, 2),
         "seeds": len(rows),
         "dataset": rows[0]["dataset"].upper(),
     }
-    row |= {"low": f"{min(values):.2f}", "high": f"{max(values):.2f}", "seconds": f"{seconds:.1f}"}
+    row |= {"low": f"{min(values):.2f}", "high": f"{max(values):.2f}", "seconds": f"{cost_of(rows):.1f}"}
     row |= {
         "params": f"{rows[0]['trainable_params']:,}",
         "epochs": rows[0]["epochs"],
@@ -274,7 +286,6 @@ def cnn_numbers(name, rows):
         "device": rows[0]["device"],
         "torch": rows[0]["torch"],
     }
-    row["errors"] = f"{100 - mean:.2f}"
     return {f"{name}/{k}": str(v) for k, v in row.items()}
 
 
@@ -313,39 +324,28 @@ def resnet_numbers(groups):
     for scope, members in named.items():
         for rows in members:
             one, name = rows[0], f"{scope}/{rows[0]['regime']}"
-            mean, std = mean_std(rows, "test_accuracy", 100)
-            seconds = statistics.median(r["train_seconds"] for r in rows)
             row = {
-                "accuracy": f"{mean:.1f}",
+                "accuracy": f"{mean_std(rows, 'test_accuracy', 100)[0]:.1f}",
                 "spread": spread_of(rows, 1),
                 "seeds": len(rows),
                 "px": one["image_size"],
             }
             for k in ("precision_macro", "recall_macro", "f1_macro"):
                 row[k.split("_")[0]] = f"{mean_std(rows, 'test_' + k)[0]:.3f}"
-            row |= {"top5": f"{mean_std(rows, 'test_top5', 100)[0]:.1f}", "images": f"{one['images']:,}"}
-            row |= {
-                "time": duration(seconds),
-                "epochs": one["epochs_run"],
-                "rate": f"{one['images_per_second']:.0f}",
-            }
+            row |= {"time": duration(cost_of(rows)), "images": f"{one['images']:,}"}
             row |= {"params": f"{one['trainable_params']:,}", "device": one["device"], "amp": one["amp"]}
-            row |= {"dataset": one["dataset"], "weights": one["weights"], "torch": one["torch"]}
+            row |= {"dataset": one["dataset"], "weights": one["weights"]}
             corrected = [r["prior_corrected"] for r in rows]
             row["correctedrecall"] = f"{mean_std(corrected, 'test_recall_macro')[0]:.3f}"
             row["correctedaccuracy"] = f"{mean_std(corrected, 'test_accuracy', 100)[0]:.1f}"
-            row["gigabytes"] = f"{one['peak_memory_bytes'] / 1e9:.1f}"
             found |= {f"{name}/{k}": str(v) for k, v in row.items()}
             base = {g[0]["regime"]: g for g in named["same"]}.get(one["regime"])
             if base:
-                points = mean - mean_std(base, "test_accuracy", 100)[0]
-                factor = seconds / statistics.median(r["train_seconds"] for r in base)
-                found |= {f"{name}/points": signed(points), f"{name}/factor": f"{factor:.1f}"}
+                found[f"{name}/points"], found[f"{name}/factor"] = difference(rows, base)
         found |= against(scope, members, "linear_probe", "probe") | against(
             scope, members, "partial_unfreeze", "partial"
         )
-    best = max(named["main"], key=lambda rows: mean_std(rows, "val_accuracy")[0])
-    found["best/regime"] = best[0]["regime"].replace("_", " ")
+    best = best_of(named["main"])
     found |= {
         k.replace("main/" + best[0]["regime"], "best"): v
         for k, v in found.items()
@@ -373,24 +373,21 @@ def against(scope, members, regime, short):
         return {}
     found = {}
     for rows in members:
-        times = [statistics.median(r["train_seconds"] for r in g) for g in (rows, base)]
-        points = mean_std(rows, "test_accuracy", 100)[0] - mean_std(base, "test_accuracy", 100)[0]
         name = f"{scope}/{rows[0]['regime']}/{short}"
-        found |= {f"{name}points": signed(points), f"{name}times": f"{times[0] / times[1]:.1f}"}
+        found[f"{name}points"], found[f"{name}times"] = difference(rows, base)
     return found
 
 
 def frontier(groups):
     """The groups than which none is both cheaper and more accurate on validation, the cheapest first."""
-    cost = {id(g): statistics.median(r["train_seconds"] for r in g) for g in groups}
     kept, best = [], -1.0
-    for rows in sorted(groups, key=lambda g: cost[id(g)]):
+    for rows in sorted(groups, key=cost_of):
         accuracy, chosen_by = (mean_std(rows, f"{part}_accuracy", 100)[0] for part in ("test", "val"))
         if chosen_by > best:
             one, best = rows[0], chosen_by
             name = one["regime"].replace("_", " ") + f", {one['variant']}," * bool(one["variant"])
             kept.append(
-                f"{name} at {one['image_size']} pixels ({accuracy:.1f} % in {duration(cost[id(rows)])})"
+                f"{name} at {one['image_size']} pixels ({accuracy:.1f} % in {duration(cost_of(rows))})"
             )
     return kept
 
@@ -517,9 +514,8 @@ def draw_curves(path, members):
 def draw_compute(path, groups):
     """Test accuracy over training time of all runs, seeds averaged; numbered by time, the key beside."""
     figure, (ax,) = new_axes(8.4, 3.6)
-    cost = [statistics.median(r["train_seconds"] for r in rows) / 60 for rows in groups]
-    places = sorted(zip(cost, groups, strict=True), key=lambda place: place[0])
-    for number, (minutes, rows) in enumerate(places, 1):
+    for number, rows in enumerate(sorted(groups, key=cost_of), 1):
+        minutes = cost_of(rows) / 60
         one, (mean, std) = rows[0], mean_std(rows, "test_accuracy", 100)
         name = f"{one['image_size']} px" + f", {one['variant']}" * bool(one["variant"])
         name = f"{number}  {one['regime']}, {name}, {one['images']:,} images"
@@ -589,7 +585,7 @@ def write_report(results, out):
     groups = resnet_groups(resnet)
     if groups:
         named = scopes(groups)
-        best = max(named["main"], key=lambda rows: mean_std(rows, "val_accuracy")[0])[0]
+        best = best_of(named["main"])[0]
         draw_curves(out / "curves.pdf", named["small"])
         draw_compute(out / "compute.pdf", groups)
         draw_confusion(out / "confusion.pdf", best)
