@@ -120,7 +120,7 @@ def cost_of(rows):
 
 
 def difference(rows, base):
-    """Points of test accuracy that a group gains on another, and how many times its training time it takes."""
+    """Points of test accuracy that a group gains on another, and its training time as a multiple."""
     points = mean_std(rows, "test_accuracy", 100)[0] - mean_std(base, "test_accuracy", 100)[0]
     return signed(points), f"{cost_of(rows) / cost_of(base):.1f}"
 
