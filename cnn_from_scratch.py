@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import fcntl
 import functools
 import json
 import math
@@ -254,7 +255,7 @@ class Conv2D(Module):
         dx = torch.zeros_like(x)
         for j in range(kW):
             outputs, columns = reach(j, Wo, W, sW, pW)
-            dx.permute(1, 2, 3, 0)[:, :, columns] += dcols[:, j, :, outputs]
+            dx.permute(1, 2, 3, 0)[:, :, columns].add_(dcols[:, j, :, outputs])
         return dx
 
 
@@ -601,7 +602,8 @@ def train_epoch(model, optimizer, data, rates, report):
 def evaluate(model, images, labels):
     """(mean loss, accuracy in 0..1, logits [n, 10]) of uint8 images [n, 28, 28]."""
     logits = torch.cat([model(to_input(part)) for part in images.split(1000)])
-    return float(CrossEntropy()(logits, labels)), float((logits.argmax(1) == labels).double().mean()), logits
+    hits = int((logits.argmax(1) == labels).sum())
+    return float(CrossEntropy()(logits, labels)), hits / len(labels), logits
 
 
 def named(model):
@@ -701,7 +703,7 @@ def pictures(out, title, train, test, logits, log):
 
 # ---------------------------------------------------------------------------------------------- the run
 
-BEFORE = {"code", "commit"}  # what a batch job lays into OUT before the first start
+BEFORE = {"code", "commit", ".lock"}  # what a batch job lays into OUT before the first start, and the lock
 PICTURES = ("samples.png", "curves.png", "confusion.png", "mistakes.png")
 
 
@@ -780,6 +782,18 @@ def finished(out, told):
     return "metrics.json" in held
 
 
+def lock_folder(out):
+    """Keeps other runs out of it, until the file that is returned is closed or the process ends."""
+    lock = open(out / ".lock", "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise InputError(f"another run is writing into {out}") from e
+    except OSError as e:
+        print(f"warning: {out} can't be locked ({e.strerror}): let no other run use it", flush=True)
+    return lock
+
+
 def run(args):
     """Data, training, the test part once, and the results in args.out."""
     began = time.perf_counter()
@@ -796,6 +810,8 @@ def run(args):
     train, val, test = ([t.to(device) for t in part] for part in (train, val, test))
     try:
         out.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(out)
+        finished(out, told)  # another run may have begun here meanwhile
         write_json(out / "args.json", told)
     except OSError as e:
         raise InputError(f"--out {out} can't be written ({e.strerror})") from e
@@ -838,6 +854,7 @@ def run(args):
         f"{dataset} test, once, with the weights of epoch {epoch} (best on validation: {val_accuracy:.2%}): "
         f"accuracy {test_accuracy:.2%}, loss {test_loss:.4f}"
     )
+    lock.close()
 
 
 # ---------------------------------------------------------------------------------------------- prediction

@@ -132,6 +132,7 @@ class Run:
         self.stop_asked, self.stop_at_once = False, True
         self.saved_at = time.monotonic()
         torch.backends.cudnn.benchmark = not args.deterministic
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32: --amp is what trades precision
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
@@ -156,14 +157,18 @@ class Run:
             dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
-    @contextlib.contextmanager
-    def main_first(self):
-        """Rank 0 downloads while the others wait; then they find the files there."""
-        if self.world > 1 and not self.main:
-            dist.barrier()
-        yield
-        if self.world > 1 and self.main:
-            dist.barrier()
+    def on_main(self, work):
+        """What work() returns on rank 0, and None elsewhere; an InputError is raised on every rank."""
+        found = error = None
+        if self.main:
+            try:
+                found = work()
+            except InputError as e:
+                error = e
+        error = self.share(error)
+        if error is not None:
+            raise error
+        return found
 
     def ask_stop(self, *_):
         self.stop_asked = True  # first: whoever catches the exception, the next poll() stops
@@ -234,21 +239,45 @@ def rng(*key):
 def free_bytes(device):
     """Memory free for a cache: the GPU's, else the machine's or what is left of this job's share of it."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch holds in reserve is free, too
         return torch.cuda.mem_get_info(device)[0]
     free = 4 << 30
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    with contextlib.suppress(OSError, ValueError):  # the limit reads 'max' where there is none
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{n}").read_text()) for n in ("max", "current"))
-        free = min(free, limit - used)
-    return free
+    return min([free, *cgroups_left()])
+
+
+def cgroups_left(system=Path("/")):
+    """What is left of the memory limits of this process's control groups, SLURM's, systemd's or Docker's."""
+    lines = []
+    with contextlib.suppress(OSError):
+        lines = (system / "proc/self/cgroup").read_text().splitlines()
+    version2 = ("", "memory.max", "memory.current", "inactive_file")
+    version1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        mount, limit, used, cache = version1 if kinds else version2
+        group = system / "sys/fs/cgroup" / mount / path.strip("/")
+        for folder in (group, *group.parents) if mount in kinds.split(",") else ():
+            with contextlib.suppress(OSError, ValueError):  # the limit reads 'max' where there is none
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                yield left + int(stat.get(cache, 0))  # files read long ago give way
 
 
 def peak_bytes(device):
+    """The most memory held since reset_peak(): by torch on the GPU, else by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux; elsewhere the peak is the whole process's
 
 
 def duration(seconds):
@@ -679,7 +708,8 @@ class Frozen:
         need = count * 256 * side * side * (4 if self.run.amp == "off" else 2)
         budget = 0.7 * free_bytes(self.run.device) if args.cache_gb is None else args.cache_gb * 1e9
         if self.in_memory is None or args.cache_gb is not None:
-            self.in_memory = need <= budget and self.run.world == 1
+            self.in_memory = need <= budget
+        self.in_memory = self.in_memory and self.run.world == 1
         verdict = "kept in memory" if self.in_memory else "recomputed for every batch"
         verdict += " (several processes)" * (self.run.world > 1)
         self.run.say(f"layer3's output: {need / 1e9:.2f} GB, budget {budget / 1e9:.2f} GB: {verdict}")
@@ -792,6 +822,8 @@ class Trainer:
         self.done = True
         self.save()
         self.run.stop_at_once = True
+        if self.run.stop_asked:  # during the save
+            raise Stopped
         if self.epoch < self.stage.epochs:
             back = f"back to epoch {self.best['epoch']}"
             self.run.say(f"early stop: no progress for {self.stale} epochs, {back}")
@@ -977,6 +1009,7 @@ def with_flags(stage, args):
 
 def run_regime(run, name, data, weights, weights_name):
     """Trains one row of the table, stage by stage, then tests its best weights; returns its metrics."""
+    reset_peak(run.device)
     folder = run.out / name
     if run.main:
         folder.mkdir(exist_ok=True)
@@ -1211,7 +1244,7 @@ def compare(args):
         for path in found:
             try:
                 rows.append(json.loads(path.read_text()))
-                trade_off([rows[-1] | {"label": ""}])
+                trade_off([rows[-1] | {"label": rows[-1]["regime"]}])
             except (OSError, ValueError, KeyError, TypeError) as e:
                 raise InputError(f"--compare: {path} is not of this script ({one_line(e)})") from e
     out = Path(args.out or f"results/resnet18-compare-{datetime.now():%Y%m%d-%H%M%S}")
@@ -1228,7 +1261,7 @@ def read_character(path):
     try:
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (OSError, ValueError, Image.DecompressionBombError) as e:
+    except Exception as e:  # Pillow's readers throw whatever a damaged file leads to
         raise InputError(f"{path} is no readable image ({one_line(e)})") from e
     paper = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     grey = np.asarray(paper.convert("L"), dtype=np.float32)
@@ -1372,30 +1405,38 @@ def command(out):
     return "continue with: " + shlex.join([*start, sys.argv[0], *kept, "--out", str(out)])
 
 
+def load_inputs(args):
+    """Data, weights and their name; writes what `auto` came to into args.dataset and args.weights."""
+    data = load_data(args)
+    try:
+        weights, weights_name = load_weights(args.weights)
+    except DownloadFailed as e:
+        if args.dataset != "auto" or data.name != "digits":
+            raise
+        print(f"{e}\nGOING ON with random weights", flush=True)
+        args.weights = "none"
+        weights, weights_name = load_weights("none")
+    args.dataset = "digits" if data.name == "digits" else "emnist"
+    return data, weights, weights_name
+
+
 def load_all(run, before):
     """Data and weights, by what `auto` came to at the first start; written into args.json then."""
     args = copy.copy(run.args)
     if before:
         args.dataset, args.weights = before["dataset_flag"], before["weights_flag"]
         run.amp = choose_amp(before["amp"], run.device)
-    with run.main_first():
-        data = load_data(args)
-        try:
-            weights, weights_name = load_weights(args.weights)
-        except DownloadFailed as e:
-            if args.dataset != "auto" or data.name != "digits":
-                raise
-            print(f"{e}\nGOING ON with random weights", flush=True)
-            args.weights = "none"
-            weights, weights_name = load_weights("none")
+    found = run.on_main(lambda: load_inputs(args))  # the others wait, and find the files there
+    args.dataset, args.weights = run.share((args.dataset, args.weights))
+    data, weights, weights_name = found or load_inputs(args)
     about = {"dataset": data.name, "weights": weights_name, "amp": run.amp}
     changed = [f"{k} was {before[k]}, now {v}" for k, v in about.items() if before and before[k] != v]
     if changed:
         raise InputError(f"--out {run.out} cannot be continued: {'; '.join(changed)}")
     if run.main and not before:
         draw_samples(run.out / "samples.png", data)
-        about["dataset_flag"] = "digits" if data.name == "digits" else "emnist"
-        about |= {"weights_flag": args.weights, "git_commit": git_commit(), "torch": torch.__version__}
+        about |= {"dataset_flag": args.dataset, "weights_flag": args.weights}
+        about |= {"git_commit": git_commit(), "torch": torch.__version__}
         write_json(run.out / "args.json", {"arguments": vars(run.args), **about})
     data.to(run.device)
     return data, weights, weights_name
@@ -1427,7 +1468,7 @@ def train(args):
             stack.callback(signal.signal, number, signal.signal(number, run.ask_stop))
         if run.world > 1:
             stack.callback(dist.destroy_process_group)
-        before = open_out(run, stack) if run.main else None
+        before = run.on_main(lambda: open_out(run, stack))
         run.out, before = run.share((run.out, before))
         run.say(command(run.out))
         try:

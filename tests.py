@@ -21,11 +21,13 @@ import io
 import itertools
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -1073,7 +1075,7 @@ class Training(Case):
 class Run(Case):
     """The command line, in this process, on 400 + 100 images in MNIST's files."""
 
-    FILES = frozenset({"args.json", "log.csv", "metrics.json", "best.pt", *c.PICTURES})
+    FILES = frozenset({".lock", "args.json", "log.csv", "metrics.json", "best.pt", *c.PICTURES})
 
     @classmethod
     def setUpClass(cls):
@@ -1304,7 +1306,7 @@ class BadInput(Case):
         status, _, err = call("--dataset", "digits", "--lr", "1e30", "--device", "cpu", "--out", out)
         self.assertEqual((status, err.count("\n")), (1, 1))
         self.assertRegex(err, r"^error: the loss is (nan|inf) at step \d+ of epoch 1: ")
-        self.assertLessEqual({p.name for p in out.iterdir()}, {"args.json"})
+        self.assertLessEqual({p.name for p in out.iterdir()}, {"args.json", ".lock"})
         self.say(err.strip())
 
     def test_data_files(self):
@@ -1356,6 +1358,17 @@ class BadInput(Case):
             self.assertEqual((status, err.count("\n"), file.read_text()), (2, 1, ""), err)
             self.assertIn(str(out), err)
         self.say(err.strip().replace(str(self.tmp), "..."))
+
+    def test_out_in_use(self):
+        """A second run into a folder that one is writing into is refused and changes nothing there."""
+        out = self.tmp / "used"
+        out.mkdir()
+        with c.lock_folder(out):
+            before = contents(out)
+            status, _, err = call("--dataset", "digits", "--device", "cpu", "--out", out)
+        self.assertEqual((status, err.count("\n"), contents(out)), (2, 1, before))
+        self.assertIn("another run is writing into", err)
+        self.say(err.strip()[:40])
 
     def test_data_folder(self):
         """A --data-dir that can't be made."""
@@ -1882,7 +1895,70 @@ class ResnetTraining(ResnetCase):
             kept.append(t.frozen.kept)
         self.assertTrue(same(kept[0], kept[1]))
         self.assertEqual((list(kept[0]), list(kept[2])), (["train", "val"], []))
-        self.say("kept with 1 GB, twice the same bits; not kept with 0")
+        t = self.trainer("partial_unfreeze")
+        t.frozen.in_memory, t.run.world = True, 2  # begun by one process, continued by two
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            self.assertFalse(t.frozen.fits(10))
+        self.assertIn("recomputed for every batch (several processes)", out.getvalue())
+        self.say("kept with 1 GB, twice the same bits; not kept with 0, nor by several processes")
+
+    def test_memory_limits(self):
+        """The tightest control group around it counts, of either version; old file pages are free."""
+        total, page = 1 << 30, 1 << 20
+        trees = {
+            "0::/job_7/step_0\n": ("job_7", "max", "current", "inactive_file"),
+            "9:cpu:/x\n4:cpu,memory:/user/job_7\n": (
+                *("memory/user", "limit_in_bytes", "usage_in_bytes", "total_inactive_file"),
+            ),
+        }
+        for k, (told, (group, limit, used, cache)) in enumerate(trees.items()):
+            system, limit, used = self.tmp / f"system{k}", f"memory.{limit}", f"memory.{used}"
+            folder = system / "sys/fs/cgroup" / group
+            folder.mkdir(parents=True)
+            (system / "proc/self").mkdir(parents=True)
+            (system / "proc/self/cgroup").write_text(told)
+            (folder / limit).write_text(f"{total}\n")
+            (folder / used).write_text(f"{300 * page}\n")
+            (folder / "memory.stat").write_text(f"anon 5\n{cache} {100 * page}\n")
+            (folder.parent / limit).write_text("max\n")
+            self.assertEqual(list(r.cgroups_left(system)), [total - 200 * page])
+        self.assertEqual(list(r.cgroups_left(self.tmp / "none")), [])
+        with mock.patch.object(r, "cgroups_left", return_value=[5 * page, 3 * page]):
+            self.assertEqual(r.free_bytes(torch.device("cpu")), 3 * page)
+        here = r.free_bytes(torch.device("cpu")) >> 20
+        self.say(f"824 of 1,024 MiB left in either version; here {here:,} MiB")
+
+    def test_peak_memory(self):
+        """A regime's peak is its own: one that needs less, after another, is told less."""
+        if not Path("/proc/self/clear_refs").exists():
+            self.skipTest("no /proc/self/clear_refs here")
+        device, peaks = torch.device("cpu"), []
+        for size in (400, 100):  # MiB
+            r.reset_peak(device)
+            before = r.peak_bytes(device)
+            with mmap.mmap(-1, size << 20) as held:  # pages of its own, not what earlier tests left
+                for _ in range(size):
+                    held.write(bytes(1 << 20))
+            peaks.append((r.peak_bytes(device) - before) >> 20)
+        self.assertTrue(350 <= peaks[0] <= 450 and 50 <= peaks[1] <= 150, peaks)
+        self.say(f"400 and 100 MiB allocated: peaks {peaks[0]} and {peaks[1]} MiB above the start")
+
+    def test_float32(self):
+        """float32 stays float32 on a GPU: cuDNN's default, TF32, keeps 10 bits of the mantissa."""
+        torch.backends.cudnn.allow_tf32 = True
+        r.Run(r.parse_args(["--device", "cpu"]))
+        self.assertFalse(torch.backends.cudnn.allow_tf32)
+        self.assertFalse(torch.backends.cuda.matmul.allow_tf32)
+        self.say("no TF32")
+
+    def test_stopped_while_it_saves(self):
+        """A stop that is asked for during a stage's last save acts before the next thing begins."""
+        t = self.trainer("linear_probe", "--epochs", 1)
+        t.finish_epoch = lambda: (type(t).finish_epoch(t), t.run.ask_stop())
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.assertRaises(r.Stopped, t.train)
+        self.assertTrue(r.load_checkpoint(t.folder)["done"])
+        self.say("stopped, the stage saved as done")
 
     def test_amp(self):
         """bf16 trains to about the same loss as float32; fp16 without CUDA is refused."""
@@ -2146,6 +2222,12 @@ class ResnetRuns(ResnetCase):
         self.assertIn("| gradual (32 px, seed 0) |", text)
         status, _, err = call_resnet("--compare", self.tmp, "--out", target)
         self.assertEqual(status, 2)
+        cnn = self.tmp / "cnn-run"
+        cnn.mkdir()
+        (cnn / "metrics.json").write_text('{"dataset": "mnist", "train_seconds": 8.0, "test_accuracy": 0.99}')
+        status, _, other = call_resnet("--compare", cnn, "--out", target)
+        self.assertEqual((status, other.count("\n")), (2, 1))
+        self.assertIn("is not of this script", other)
         self.say(err.strip()[-60:])
 
 
@@ -2161,6 +2243,37 @@ def killed_run(argv, out, log, kills):
 
 
 class ResnetProcesses(ResnetCase):
+    def two(self, argv, gradients=None):
+        """The exit statuses of two processes that work together."""
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
+        ranks = [start(argv, self.tmp / "log", env | {"RANK": str(k)}, gradients=gradients) for k in range(2)]
+        return [finish(p) for p in ranks]
+
+    def test_bad_input(self):
+        """What one process finds wrong ends both, with one line."""
+        foreign = self.tmp / "foreign"
+        foreign.mkdir()
+        (foreign / "thesis.tex").write_text("mine")
+        torn = self.tmp / "torn"
+        write_emnist(torn)
+        path = r.emnist_files(torn)["train", "images"][0]
+        path.write_bytes(path.read_bytes()[:1000])
+        cases = (
+            (small_flags(self.data, "--out", foreign), "holds other files"),
+            (small_flags(torn, "--out", self.tmp / "new"), "no whole IDX file"),
+        )
+        for argv, text in cases:
+            (self.tmp / "log").write_text("")
+            statuses = self.two(argv)
+            log = (self.tmp / "log").read_text()
+            self.assertEqual((statuses, log.count("error: ")), ([2, 2], 1), log)
+            self.assertIn(text, log)
+            self.assertNotIn("Traceback", log)
+        self.say(log.strip().splitlines()[-1][:70])
+
     def test_two_against_one(self):
         """The probe with two gloo processes: first gradients and result of one process."""
         base = ("--regimes", "linear_probe", "--amp", "off", "--epochs", 3, "--batch-size", 64, "--out")
@@ -2168,16 +2281,8 @@ class ResnetProcesses(ResnetCase):
         self.assertEqual(
             finish(start([*argv, self.tmp / "one"], self.tmp / "log", gradients=self.tmp / "g1")), 0
         )
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
-        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
-        flags = [*argv, self.tmp / "two"]
-        ranks = [
-            start(flags, self.tmp / "log", env | {"RANK": str(k)}, gradients=self.tmp / "g2")
-            for k in range(2)
-        ]
-        self.assertEqual([finish(p) for p in ranks], [0, 0], (self.tmp / "log").read_text())
+        statuses = self.two([*argv, self.tmp / "two"], gradients=self.tmp / "g2")
+        self.assertEqual(statuses, [0, 0], (self.tmp / "log").read_text())
         one = torch.load(self.tmp / "g1.0")
         for k in range(2):
             two = torch.load(self.tmp / f"g2.{k}")
@@ -2228,12 +2333,20 @@ class ResnetPredict(ResnetCase):
         blank, broken = self.tmp / "blank.png", self.tmp / "broken.png"
         Image.new("L", (40, 40), 200).save(blank)
         broken.write_bytes(b"\x89PNG nothing")
+        noise = np.random.default_rng(0).integers(0, 255, (300, 300), dtype=np.uint8)
+        chunk = self.tmp / "chunk.png"  # damaged behind its first block of pixels
+        Image.fromarray(noise).save(chunk)
+        held = bytearray(chunk.read_bytes())
+        second = held.index(b"IDAT", held.index(b"IDAT") + 4)
+        held[second : second + 4] = b"\x00\x01\x02\x03"
+        chunk.write_bytes(held)
         state = {"model": r.build_model(62, None, 0).state_dict(), "classes": r.CLASSES, "image_size": 32}
         torch.save(state, self.tmp / "best.pt")
         (self.tmp / "none.pt").write_bytes(b"no checkpoint")
         for image, checkpoint, text in (
             (blank, "best.pt", "shows nothing"),
             (broken, "best.pt", "is no readable image"),
+            (chunk, "best.pt", "is no readable image"),
             (self.tmp / "missing.png", "best.pt", "is no readable image"),
             (blank, "none.pt", "is no best.pt"),
         ):
@@ -2244,7 +2357,7 @@ class ResnetPredict(ResnetCase):
             self.assertIn(text, err)
         status, _, err = call_resnet("--predict", blank)
         self.assertIn("needs --checkpoint", err)
-        self.say("five clear lines")
+        self.say("six clear lines")
 
 
 class ResnetBadInput(ResnetCase):
@@ -2347,11 +2460,37 @@ class Documents(Case):
             )  # a job runs a copy of the scripts alone
         self.readme = (self.root / "README.md").read_text()
 
-    def test_tables(self):
-        """README's tables are those that report/tables.py makes from report/results."""
+    def tables(self):
         spec = importlib.util.spec_from_file_location("tables", self.root / "report" / "tables.py")
         tables = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(tables)
+        return tables
+
+    def test_own_runs(self):
+        """The report's numbers from other runs: MNIST's before the digits', five epochs, a variant alone."""
+        tables, results = self.tables(), self.tmp / "results"
+        for name, argument, value in (
+            ("mnist", "seed", 0),
+            ("digits", "dataset", "digits"),
+            ("long", "epochs", 9),
+        ):
+            folder = results / name
+            shutil.copytree(self.root / "report" / "results" / "mnist-seed0", folder)
+            told, held = (json.loads((folder / f"{k}.json").read_text()) for k in ("args", "metrics"))
+            (folder / "args.json").write_text(json.dumps(told | {argument: value}))
+            (folder / "metrics.json").write_text(json.dumps(held | {argument: value, "test_accuracy": 0.5}))
+        found = tables.numbers_of(results)
+        self.assertEqual([found[f"mnist/{k}"] for k in ("dataset", "epochs", "seeds")], ["MNIST", "5", "1"])
+        names = [row[0] for row in tables.mnist_table(results)[1:]]
+        self.assertEqual(len(set(names)), 3, names)
+        shutil.copytree(self.root / "report" / "results" / "emnist-12k-64px-augment", results / "augmented")
+        alone = tables.numbers_of(results)
+        self.assertGreater(len(alone), len(found))
+        self.say(", ".join(names))
+
+    def test_tables(self):
+        """README's tables are those that report/tables.py makes from report/results."""
+        tables = self.tables()
         results = self.root / "report" / "results"
         self.assertEqual(
             self.readme, tables.with_tables(self.readme, results), "run report/tables.py --readme"
@@ -2499,6 +2638,7 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 
 def bench_cnn(sizes=(64, 128, 640), rounds=40, block=5):
     """Tables: a training step, and the training loop of the default run, against eager torch.nn."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 on either side
     for device in [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available():
         print(f"{c.device_name(device)}, torch {torch.__version__}, float32")
         print("build_cnn(), SGD with Nesterov and weight decay: ms per step, medians of interleaved blocks")

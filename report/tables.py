@@ -101,12 +101,18 @@ def cnn_groups(cnn):
 
 
 def recipe(key):
-    dataset, epochs, size, lr, momentum, schedule = key
-    if (size, lr, momentum, schedule) == (64, 0.1, 0.9, "onecycle"):
+    _, epochs, size, lr, momentum, schedule = key
+    if (epochs, size, lr, momentum, schedule) == (5, 64, 0.1, 0.9, "onecycle"):
         return "default"
-    if (size, lr, momentum, schedule) == (640, 0.01, 0, "constant"):
+    if (epochs, size, lr, momentum, schedule) == (5, 640, 0.01, 0, "constant"):
         return "course"
     return f"batch {size}, lr {lr}, momentum {momentum}, {schedule}, {epochs} epochs"
+
+
+def runs_of(cnn, name):
+    """A recipe's runs: those on MNIST where there are any, else on the digits; none: an empty list."""
+    found = [(key[0] == "mnist", rows) for key, rows in cnn_groups(cnn).items() if recipe(key) == name]
+    return max(found, key=lambda group: group[0])[1] if found else []
 
 
 def mean_std(rows, key, scale=1.0):
@@ -259,9 +265,9 @@ def numbers_of(results):
     r"""Name -> text of every number in the report's sentences, read there as \R{name}."""
     cnn, resnet = read_runs(results)
     found = {}
-    for key, rows in cnn_groups(cnn).items():
-        if recipe(key) in ("default", "course"):
-            found |= cnn_numbers("mnist" if recipe(key) == "default" else "course", rows)
+    for name, prefix in (("default", "mnist"), ("course", "course")):
+        rows = runs_of(cnn, name)
+        found |= cnn_numbers(prefix, rows) if rows else {}
     groups = resnet_groups(resnet)
     found |= resnet_numbers(groups) if groups else {}
     found |= bench_numbers(results)
@@ -292,17 +298,13 @@ def cnn_numbers(name, rows):
 def scopes(groups):
     """Named sets of groups: all images (main), most regimes (small), and the ablations at the same images."""
 
-    def plain(rows):
-        return not rows[0]["variant"]
+    usual = min(g[0]["variant"] for g in groups)  # no variant, where any run is without one
 
-    def at(images, px, variant=""):
-        return [
-            g
-            for g in groups
-            if (g[0]["images"], g[0]["image_size"], g[0]["variant"]) == (images, px, variant)
-        ]
+    def at(images, px, variant=usual):
+        wanted = images, px, variant
+        return [g for g in groups if (g[0]["images"], g[0]["image_size"], g[0]["variant"]) == wanted]
 
-    places = {(g[0]["images"], g[0]["image_size"]) for g in groups if plain(g)}
+    places = {(g[0]["images"], g[0]["image_size"]) for g in groups if g[0]["variant"] == usual}
     named = {"main": at(*max(places))}
     small = max(places, key=lambda place: (len(at(*place)), sum(map(len, at(*place)))))
     named["small"] = at(*small)
@@ -595,9 +597,9 @@ def write_report(results, out):
         ):
             if source.exists():
                 shutil.copy(source, out / name)
-    default = [rows for key, rows in cnn_groups(cnn).items() if recipe(key) == "default"] or [cnn]
+    default = runs_of(cnn, "default") or cnn
     for name in ("curves.png", "mistakes.png"):
-        sources = [row["folder"] / name for row in default[0] if (row["folder"] / name).exists()]
+        sources = [row["folder"] / name for row in default if (row["folder"] / name).exists()]
         if sources:
             shutil.copy(sources[0], out / f"mnist-{name}")
     verbatim(out / "tests.txt", read_text(results / "tests.txt"), 14)
