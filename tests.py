@@ -2,7 +2,7 @@
 
     python tests.py                       # all of them; each prints what it measured
     python tests.py Conv test_gradients   # those whose class or name begins so
-    python tests.py bench                 # tables of speed; passes or fails nothing
+    python tests.py bench                 # tables of speed (bench cnn: that script's); passes or fails nothing
     python tests.py soak 50               # resnet18.py killed 50 times at random points, compared bit by bit
 
 The last line is `N passed, N failed, N skipped`; the exit status is 1 if one failed. pytest works as well.
@@ -2842,8 +2842,13 @@ def select(names):
 
 def main(argv):
     if argv[:1] == ["bench"]:
-        bench_resnet()  # first: what the CNN sets (keep_freed_memory) would make the usual loop faster, too
-        bench_cnn()
+        benches = {"resnet": bench_resnet, "cnn": bench_cnn}
+        for name in argv[1:]:
+            benches[name]()
+        for name in (
+            benches if argv == ["bench"] else ()
+        ):  # each alone: what one leaves of memory slows the other
+            subprocess.run([sys.executable, __file__, "bench", name], check=True)
         return 0
     if argv[:1] == ["soak"]:
         soak(int(argv[1]))
