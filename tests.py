@@ -2,7 +2,7 @@
 
     python tests.py                       # all of them; each prints what it measured
     python tests.py Conv test_gradients   # those whose class or name begins so
-    python tests.py bench                 # tables of speed (bench cnn: that script's); passes or fails nothing
+    python tests.py bench                 # tables of speed, pass or fail nothing; `bench cnn` that one alone
     python tests.py soak 50               # resnet18.py killed 50 times at random points, compared bit by bit
 
 The last line is `N passed, N failed, N skipped`; the exit status is 1 if one failed. pytest works as well.
