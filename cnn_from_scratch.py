@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import csv
 import ctypes
-import fcntl
 import functools
 import json
 import math
@@ -42,6 +41,11 @@ import torchvision
 from matplotlib.figure import Figure  # without pyplot there is no global state and no display
 from PIL import Image, ImageOps
 from sklearn import datasets, metrics
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WEIGHT_DECAY = 5e-4  # of the one-cycle recipe
@@ -786,7 +790,8 @@ def lock_folder(out):
     """Keeps other runs out of it, until the file that is returned is closed or the process ends."""
     lock = open(out / ".lock", "a")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         raise InputError(f"another run is writing into {out}") from e
     except OSError as e:
