@@ -229,6 +229,8 @@ class Conv2D(Module):
 
     def bwd(self, out, x):
         g = upstream(out)
+        if self.b is not None:
+            self.b.g = g.sum((0, 2, 3))
         (O, C, kH, kW), (N, _, Ho, Wo) = self.W.shape, g.shape
         g = g.permute(1, 2, 3, 0).reshape(O, -1).contiguous()  # O, L
         K = C * kH * kW
@@ -239,8 +241,6 @@ class Conv2D(Module):
             cols = self.im2col(x)
         dW = matmul(cols[:K], g.t())  # K, O: dW transposed, the faster product
         self.W.g = torch.empty_like(self.W).copy_(dW.t().view(O, C, kH, kW))
-        if self.b is not None:
-            self.b.g = upstream(out).sum((0, 2, 3))
         if self.input_grad:
             x.g = self.fold(g.view(O, Ho, Wo, N), x)
 

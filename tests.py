@@ -2843,11 +2843,11 @@ def select(names):
 def main(argv):
     if argv[:1] == ["bench"]:
         benches = {"resnet": bench_resnet, "cnn": bench_cnn}
-        for name in argv[1:]:
-            benches[name]()
-        for name in (
-            benches if argv == ["bench"] else ()
-        ):  # each alone: what one leaves of memory slows the other
+        if argv[1:]:
+            for name in argv[1:]:
+                benches[name]()
+            return 0
+        for name in benches:  # in a process each: what one leaves of memory slows the other
             subprocess.run([sys.executable, __file__, "bench", name], check=True)
         return 0
     if argv[:1] == ["soak"]:
