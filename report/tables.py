@@ -198,18 +198,28 @@ def bench_lines(results):
 
 
 def step_table(results):
-    table = [["batch", "torch.nn NCHW", "torch.nn channels_last", "by hand", "speed by hand"]]
+    """A row per batch size: what report/bench.py prints "as users run it", and the speed "kernel for kernel".
+
+    On a GPU only the latter is measured; its rows come last, with the times of that comparison and its name.
+    """
+    head = ["batch", "torch.nn NCHW", "torch.nn channels_last", "by hand"]
+    table, rows = [[*head, "speed as users run it", "speed kernel for kernel"]], {}
+    device = ""
+    spread = r"\s+([\d.]+)x? \(([\d.]+)-([\d.]+)\)"  # median (quartiles)
     for line in bench_lines(results):
-        if found := re.fullmatch(r"\s+(\d+)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)x\s+\S+", line):
+        if found := re.fullmatch(r"\s+(\d+)" + 4 * spread, line):
+            batch, *figures, speed, low, high = found.groups()
+            rows[batch] = [batch, *(f"{ms} ms" for ms in figures[::3]), f"{speed}× ({low}–{high})", ""]
+            table.append(rows[batch])
+        elif found := re.match(r"kernel for kernel, (.+):", line):
+            device = found[1]
+        elif found := re.fullmatch(r"\s+(\d+)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)x\s+\S+", line):
             batch, *ms, speed = found.groups()
-            table.append([batch, *(f"{m} ms" for m in ms), f"{speed}×"])
-        elif found := re.search(
-            r"of ([\d,]+) images, batch (\d+): .*\((\w+)\) ([\d.]+)s, ours ([\d.]+)s", line
-        ):
-            images, batch, layout, torch_s, ours_s = found.groups()
-            columns = ("", f"{torch_s} s") if layout == "channels_last" else (f"{torch_s} s", "")
-            name = f"training loop, batch {batch}, {images} images"
-            table.append([name, *columns, f"{ours_s} s", f"{float(torch_s) / float(ours_s):.2f}×"])
+            row = rows.pop(batch, None)  # the CPU's row is filled once, the next of the same size is a GPU's
+            if row is None:
+                row = [f"{batch} {device}".strip(), *(f"{m} ms" for m in ms), "", ""]
+                table.append(row)
+            row[-1] = f"{speed}×"
     return table
 
 
@@ -430,9 +440,11 @@ def alike_numbers(row):
 
 def bench_numbers(results):
     found = {}
-    for row in step_table(results)[1:]:
-        name = "loop" if row[0].startswith("training") else row[0]
-        found[f"step/{name}/ours"], found[f"step/{name}/speed"] = row[3].split()[0], row[4].rstrip("×")
+    for batch, _, _, ours, speed, kernel in step_table(results)[1:]:
+        values = [ours.removesuffix(" ms"), *re.findall(r"[\d.]+", speed), kernel.rstrip("×")]
+        if len(values) == 5:  # not a GPU's
+            names = ("ours", "speed", "low", "high", "kernel")
+            found |= {f"step/{batch}/{name}": value for name, value in zip(names, values, strict=True)}
     for row, name in zip(
         regime_speed_table(results)[1:], ("probe", "kept", "recomputed", "full"), strict=False
     ):
