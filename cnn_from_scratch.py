@@ -9,8 +9,8 @@ The last lines of a run (@@MACHINE@@):
 @@LINES@@
 
 A layer is a constructor, `forward` and `bwd`; bwd(out, x) turns the gradient out.g into x.g, W.g and b.g.
-The comment behind a line gives the shape of its result: N batch, C and O channels in and out, H, W height and
-width, kH, kW kernel, s stride, p padding, Ho, Wo output size, K = C·kH·kW, L = Ho·Wo·N.
+The comment at the end of a line gives the shape of its result: N batch, C and O channels in and out, H, W
+height and width, kH, kW kernel, s stride, p padding, Ho, Wo output size.
 
 A tensor [N, C, H, W] may lie in memory in any order. Conv2D leaves its output with the batch innermost, as
 C, H, W, N: a convolution is then one plain matrix product, and every copy moves long contiguous runs.
@@ -20,7 +20,9 @@ import signal
 import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a run without a traceback, in the imports too
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Ctrl-C ends a run without a traceback, even during the imports
 
 import argparse
 import contextlib
@@ -91,7 +93,7 @@ def upstream(out):
     if g is None:
         raise RuntimeError("the output's gradient is not set: assign out.g before backward()")
     check(g.shape == out.shape, f"the gradient has shape {list(g.shape)}, the output {list(out.shape)}")
-    return g
+    return g.to(out.dtype)
 
 
 def check(condition, message):
@@ -99,9 +101,9 @@ def check(condition, message):
         raise ValueError(message)
 
 
-def check_sizes(least=1, **sizes):
+def check_sizes(**sizes):
     for name, n in sizes.items():
-        check(isinstance(n, int) and n >= least, f"{name} is {n!r}: expected an int, at least {least}")
+        check(isinstance(n, int) and n >= 1, f"{name} is {n!r}: expected an int, at least 1")
 
 
 def as_pair(name, value, least=1):
@@ -114,9 +116,10 @@ def as_pair(name, value, least=1):
 
 def check_input(layer, x, shape, like=None):
     """x must have the shape (None: any size), and the type and device of `like`."""
-    got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-    fits = len(got) == len(shape) and all(n in (None, m) for n, m in zip(shape, got))
-    check(fits, f"{layer}: the input is {got}, expected {['any' if n is None else n for n in shape]}")
+    is_tensor = isinstance(x, torch.Tensor)
+    got = list(x.shape) if is_tensor else type(x).__name__
+    fits = is_tensor and x.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, got))
+    check(fits, f"{layer}: the input is {got}, expected {list(shape)} (None: any)")
     if like is not None:
         kinds = [f"{t.dtype} on {t.device}" for t in (x, like)]
         check(kinds[0] == kinds[1], f"{layer}: the input is {kinds[0]}, the parameters are {kinds[1]}")
@@ -132,7 +135,7 @@ def output_size(layer, x, kernel, stride, padding):
 
 def glorot_uniform(shape, fan_in, fan_out, device, dtype):
     """Uniform within ±sqrt(6 / (fan_in + fan_out)): Glorot and Bengio 2010, "Understanding the difficulty of
-    training deep feedforward neural networks", equation 16. Drawn on the CPU: a seed's weights hold anywhere.
+    training deep feedforward neural networks", equation 16. Drawn on the CPU: the same weights on any device.
     """
     limit = math.sqrt(6 / (fan_in + fan_out))
     return torch.empty(shape, device="cpu", dtype=dtype).uniform_(-limit, limit).to(device or DEVICE)
@@ -167,11 +170,12 @@ class Linear(Module):
 class Conv2D(Module):
     """y[n,o,h,w] = b[o] + Σ_{c,i,j} W[o,c,i,j] · x[n, c, h·s+i-p, w·s+j-p]: cross-correlation, as in torch.
 
-    im2col writes the pixels that one weight meets as one row of a matrix; a last row of ones meets the bias:
+    With K = C·kH·kW and L = Ho·Wo·N, im2col makes a matrix [K, L]: its row (c, i, j) holds, for every output
+    pixel of every image, the input pixel that W[:, c, i, j] is multiplied by. A last row of ones is for b.
 
-        y = [W b] · cols    [dW db] = dy · colsᵀ    dcols = Wᵀ · dy
+        y = [W b] · cols    dW = dy · colsᵀ (without the ones)    db = Σ dy    dcols = Wᵀ · dy
 
-    and col2im adds the gradients of all copies of a pixel.
+    col2im turns dcols into dx: the gradient of a pixel is the sum over its copies.
     """
 
     def __init__(
@@ -191,7 +195,7 @@ class Conv2D(Module):
         check_input("Conv2D", x, (None, self.W.shape[1], None, None), self.W)
         Ho, Wo = output_size("Conv2D", x, self.kernel, self.stride, self.padding)
         O, N = len(self.W), len(x)
-        b = self.W.new_zeros(O) if self.b is None else self.b
+        b = self.W.new_zeros(O) if self.b is None else self.b  # no bias: the ones are multiplied by zeros
         weight = torch.cat((self.W.reshape(O, -1), b[:, None]), 1)  # O, K+1
         cols = self.im2col(x, Ho, Wo)  # K+1, L
         out = product(weight, cols).view(O, Ho, Wo, N).permute(3, 0, 1, 2)  # N, O, Ho, Wo
@@ -203,14 +207,14 @@ class Conv2D(Module):
         g = upstream(out).permute(1, 2, 3, 0).reshape(O, Ho * Wo * N)  # O, L
         if self.b is not None:
             self.b.g = g.sum(1)
-        dW = product(out.cols[:-1], g.t()).t()  # O, K; dy · colsᵀ itself would take a CPU twice as long
+        dW = product(out.cols[:-1], g.t()).t()  # O, K: (cols · dyᵀ)ᵀ, as dy · colsᵀ takes a CPU twice as long
         self.W.g = dW.reshape(self.W.shape).contiguous()
         if self.input_grad:
             dcols = product(self.W.reshape(O, -1).t(), g)  # K, L
             x.g = self.col2im(dcols, x, Ho, Wo)
 
     def im2col(self, x, Ho, Wo):
-        """x [N, C, H, W] -> cols [K+1, L]: row (c, i, j) has the pixels that W[:, c, i, j] meets."""
+        """x [N, C, H, W] -> cols [K+1, L]."""
         (N, C, _, _), (kH, kW), (sH, sW), (pH, pW) = x.shape, self.kernel, self.stride, self.padding
         xp = F.pad(x.permute(1, 2, 3, 0), (0, 0, pW, pW, pH, pH))  # C, H+2p, W+2p, N
         windows = xp.unfold(1, kH, sH).unfold(2, kW, sW)  # C, Ho, Wo, N, kH, kW: a view, nothing is copied
@@ -220,12 +224,13 @@ class Conv2D(Module):
         return cols
 
     def col2im(self, dcols, x, Ho, Wo):
-        """dcols [K, L] -> dx [N, C, H, W]: where windows overlap a pixel has several copies, hence the +=."""
+        """dcols [K, L] -> dx [N, C, H, W]; a pixel that several windows share has several copies: hence +=."""
         (N, C, H, W), (kH, kW), (sH, sW), (pH, pW) = x.shape, self.kernel, self.stride, self.padding
         dcols = dcols.view(C, kH, kW, Ho, Wo, N)
         dxp = dcols.new_zeros(C, H + 2 * pH, W + 2 * pW, N)
         for i in range(kH):
             for j in range(kW):
+                # Ho × Wo pixels, s apart
                 dxp[:, i : i + sH * Ho : sH, j : j + sW * Wo : sW] += dcols[:, i, j]
         dx = dxp[:, pH : pH + H, pW : pW + W].permute(3, 0, 1, 2)
         return torch.empty_like(x).copy_(dx)  # in memory as x is: x.g.view(-1) works where x.view(-1) does
@@ -238,13 +243,16 @@ class ReLU(Module):
         return x.clamp_min(0)
 
     def bwd(self, out, x):
-        x.g = torch.where(x > 0, upstream(out), 0)
+        g = upstream(out)
+        positive = torch.gt(x, 0, out=torch.empty_like(x))  # 1.0 or 0.0: a CPU is slower with bool
+        x.g = positive.mul_(g)
 
 
 class MaxPool2D(Module):
     """y[n,c,h,w] = max_{i,j} x[n, c, h·s+i-p, w·s+j-p]; padding counts as -inf, as in torch.
 
-    dy goes to the window's maximum, to the first one where several are equal.
+    The maximum of a window is the maximum of its rows' maxima, so pooling runs in one dimension, then in the
+    other. dy goes back the same way, to the maximum; where several are equal, to the first one.
     """
 
     def __init__(self, kernel_size, stride=None, padding=0):
@@ -256,49 +264,58 @@ class MaxPool2D(Module):
 
     def forward(self, x):
         check_input("MaxPool2D", x, (None, None, None, None))
-        Ho, Wo = output_size("MaxPool2D", x, self.kernel, self.stride, self.padding)
-        elements = self.elements(self.padded(x, -math.inf), Ho, Wo)
-        out = elements[0].clone()  # N, C, Ho, Wo: the largest element so far
-        winner = torch.zeros_like(out)  # which one that is
-        if any(self.padding):
-            winner += self.first_inside(Ho, Wo).to(out)
-        for k, element in enumerate(elements[1:], 1):
-            # strictly larger: of equals the first one wins; 1.0 or 0.0, because bool is slow on a CPU
-            larger = torch.gt(element, out, out=torch.empty_like(out))
-            winner = torch.maximum(winner, larger.mul_(k))
-            out = torch.maximum(out, element)
-        out.winner = winner
+        output_size("MaxPool2D", x, self.kernel, self.stride, self.padding)  # a check that the kernel fits
+        (pH, pW), xp = self.padding, x
+        if any(self.padding) or self.kernel == (1, 1):  # a 1×1 pooling must not return x itself
+            xp = F.pad(x, (pW, pW, pH, pH), value=-math.inf)  # N, C, H+2p, W+2p
+        rows = self.pool(xp, 3)  # N, C, H+2p, Wo
+        out = self.pool(rows, 2)  # N, C, Ho, Wo
+        out.xp, out.rows = xp, rows
         return out
 
     def bwd(self, out, x):
-        g, (pH, pW), (H, W) = upstream(out), self.padding, x.shape[2:]
-        dxp = torch.zeros_like(self.padded(x, 0))  # N, C, H+2p, W+2p
-        for k, dx_element in enumerate(self.elements(dxp, *out.shape[2:])):
-            # where windows overlap, an element may win in several: hence the +=
-            dx_element += torch.eq(out.winner, k, out=torch.empty_like(out)).mul_(g)
-        dx = dxp[:, :, pH : pH + H, pW : pW + W]
-        x.g = torch.empty_like(x).copy_(dx) if pH or pW else dx
+        (pH, pW), (H, W) = self.padding, x.shape[2:]
+        g = self.unpool(upstream(out), out, out.rows, 2)  # N, C, H+2p, Wo
+        g = self.unpool(g, out.rows, out.xp, 3)  # N, C, H+2p, W+2p
+        x.g = torch.empty_like(x).copy_(g[:, :, pH : pH + H, pW : pW + W]) if any(self.padding) else g
 
-    def padded(self, x, value):
-        pH, pW = self.padding
-        return F.pad(x, (pW, pW, pH, pH), value=value) if pH or pW else x
+    def elements(self, x, dim):
+        """[element 0 of every window along dim, element 1, ...]: views of x, one for each of the kernel's."""
+        return x.unfold(dim, self.kernel[dim - 2], self.stride[dim - 2]).unbind(-1)
 
-    def elements(self, xp, Ho, Wo):
-        """kH·kW views [N, C, Ho, Wo] of the padded input: no. i·kW+j is element (i, j) of every window."""
-        (kH, kW), (sH, sW) = self.kernel, self.stride
-        at = [(slice(i, i + sH * Ho, sH), slice(j, j + sW * Wo, sW)) for i in range(kH) for j in range(kW)]
-        return [xp[:, :, rows, columns] for rows, columns in at]
-
-    def first_inside(self, Ho, Wo):
-        """[Ho, Wo]: the number of each window's first element that is not padding.
-
-        It wins where nothing is larger than -inf: padding must not take the gradient.
+    def pool(self, x, dim):
+        """The maximum of each window along dim, and its place: out.larger[k - 1] is 1.0 where element k is
+        larger than all before it, else 0.0. The last 1.0 marks the first maximum; none marks element 0.
         """
-        top, left = (
-            (p - s * torch.arange(n)).clamp_min(0)  # rows or columns of padding in front of the image
-            for p, s, n in zip(self.padding, self.stride, (Ho, Wo))
-        )
-        return top[:, None] * self.kernel[1] + left
+        elements, larger = self.elements(x, dim), []
+        out = elements[0]
+        for element in elements[1:]:
+            larger.append(torch.gt(element, out, out=torch.empty_like(out)))
+            out = torch.maximum(out, element)
+        p, s = self.padding[dim - 2], self.stride[dim - 2]
+        for window, start in enumerate(
+            range(0, p, s)[: out.shape[dim]]
+        ):  # windows that begin in the padding:
+            larger[p - start - 1].select(dim, window).fill_(1)  # of nothing but -inf the first inside wins
+        out.larger = larger
+        return out
+
+    def unpool(self, g, out, x, dim):
+        """The gradient of x, from g, that of out = pool(x, dim).
+
+        Walks back from a window's last element: the first flag that is 1.0 takes all of g, and nothing is
+        left for the elements before.
+        """
+        dx = torch.zeros_like(x)
+        elements, overlap = self.elements(dx, dim), self.stride[dim - 2] < self.kernel[dim - 2]
+        for k in range(len(elements) - 1, 0, -1):
+            # written in place where windows don't overlap; else an element may be the maximum of several
+            won = torch.mul(g, out.larger[k - 1], out=None if overlap else elements[k])
+            if overlap:
+                elements[k].add_(won)
+            g = g - won
+        elements[0].add_(g)
+        return dx
 
 
 class Flatten(Module):
@@ -328,7 +345,7 @@ class CrossEntropy(Module):
         check(integer, f"CrossEntropy: targets are {kind}, expected class numbers of an integer type")
         targets = targets.long()
         if len(targets):
-            low, high = (int(v) for v in targets.aminmax())
+            low, high = torch.stack(targets.aminmax()).tolist()  # waits for a GPU, so once and not twice
             fits = low >= 0 and high < classes
             check(fits, f"CrossEntropy: targets {low} to {high}, expected 0 to {classes - 1}")
         # log softmax does not change when a row is shifted; by its maximum, so that exp can't overflow
@@ -339,7 +356,8 @@ class CrossEntropy(Module):
         return loss
 
     def bwd(self, out, logits, targets):
-        g = getattr(out, "g", 1)
+        g = getattr(out, "g", None)
+        g = 1 if g is None else g
         check(torch.as_tensor(g).numel() == 1, "CrossEntropy: loss.g is not one number")
         difference = out.log_p.exp()  # N, classes: softmax, then minus the one-hot targets
         difference.scatter_add_(1, targets.long()[:, None], difference.new_full((len(logits), 1), -1))
@@ -349,12 +367,13 @@ class CrossEntropy(Module):
 class Sequential(Module):
     """Layers one after the other: y = model(x); set y.g (or let CrossEntropy do it); model.backward(y).
 
-    ReLU followed by MaxPool2D runs as MaxPool2D, then ReLU: neither changes which of two numbers is larger,
-    so outputs and gradients are the same, and after a 2×2 pooling ReLU has a quarter of the elements to do.
-    The layers' `args` and `out` are those of the order that ran; Sequential(..., reorder=False) runs them in
-    the order of `layers`.
+    ReLU followed by MaxPool2D runs as MaxPool2D, then ReLU. ReLU is monotone, so the outputs are the same, and
+    where a window has no positive element no gradient passes either way; after a 2×2 pooling ReLU has a
+    quarter of the work. The layers' `args` and `out` are those of the order that ran; Sequential(...,
+    reorder=False) runs the order as written.
 
-    A layer without parameters may stand in it several times, and a Sequential may be a layer of another one.
+    A layer without parameters may stand in it several times (a Sequential once), and a Sequential may be a
+    layer.
     Raises ValueError for parameters that stand in it twice, RuntimeError for backward() of anything but the
     output of the last call.
     """
@@ -368,12 +387,12 @@ class Sequential(Module):
         once = len(set(ids)) == len(ids)
         check(once, "Sequential: the same parameters stand in it twice; make a layer for each place")
         # let go of the last step's tensors first: their memory is still in the cache and is used again
-        self.tape = []
+        self.args, self.out, self.tape = None, None, []
         for layer in self.layers:
             layer.args = layer.out = None
         for layer in self.run_order():
             out = layer(x)
-            self.tape.append((layer, out, x))
+            self.tape.append((layer, out, x))  # not layer.args: a layer may run twice
             x = out
         return x
 
@@ -388,6 +407,7 @@ class Sequential(Module):
             )
         try:
             for layer, out, x in reversed(self.tape):
+                # only the layer that reads the model's input may leave out x.g
                 layer.input_grad = input_grad or x is not self.args[0]
                 layer.bwd(out, x)
         finally:
@@ -466,7 +486,7 @@ def product(a, b):
 
 @functools.cache  # once per process
 def keep_freed_memory():
-    """Has glibc keep freed memory for the next step; with another C library nothing happens.
+    """Has glibc keep freed memory for the next step, in the whole process; nothing with another C library.
 
     By default it returns large blocks to the system and takes them anew at every step, at the price of a page
     fault for every 4 KB: a step takes up to @@ times as long at batch 128, @@ times at batch 640.
@@ -484,7 +504,7 @@ class InputError(ValueError):
     """Bad input from the user: one line, exit status 2."""
 
 
-# what a folder says that can't be written; any other error of a download is the network's
+# the errors of a folder that can't be written; any other error of a download is the network's
 FOLDER_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
@@ -529,7 +549,7 @@ def download_mnist(folder, raw, names):
         mirrors = " or ".join(torchvision.datasets.MNIST.mirrors)
         raise ConnectionError(
             f"MNIST is not in {raw} and can't be downloaded from {mirrors} ({one_line(e)}). "
-            f"To go on offline, put {', '.join(names)} there (or the same names with .gz)"
+            f"To continue offline, put {', '.join(names)} there (or the same names with .gz)"
         ) from e
     finally:
         socket.setdefaulttimeout(timeout)
@@ -656,10 +676,12 @@ def fit(model, train, val, args, out):
             loss, accuracy = train_epoch(
                 model, sgd, batches(*train, args.batch_size, generator, shift), rates
             )
+            seconds = time.perf_counter() - began
+            val_loss, val_accuracy, _ = evaluate(model, *val)
+            if not math.isfinite(val_loss):  # the losses above are those before the last step
+                raise FloatingPointError(f"the loss is {val_loss:.3g} after step {per_epoch}")
         except FloatingPointError as e:
             raise FloatingPointError(f"{e} of epoch {epoch}: try a smaller --lr") from None
-        seconds = time.perf_counter() - began
-        val_loss, val_accuracy, _ = evaluate(model, *val)
         row = dict(epoch=epoch, train_loss=loss, train_accuracy=accuracy, val_loss=val_loss)
         row |= dict(val_accuracy=val_accuracy, lr=rates[-1], seconds=seconds, best=int(val_accuracy > best))
         log.append(row)
@@ -776,7 +798,7 @@ def load_weights(path, model):
         content = Path(path).read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load does not look at its checksums
             if archive.testzip():
-                raise ValueError(f"{archive.testzip()} is damaged")
+                raise ValueError("a checksum does not fit")
         weights = dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
         for name, p in named(model).items():
             if weights[name].shape != p.shape:
@@ -857,7 +879,7 @@ def git_commit():
 def choose_device(name):
     available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available()}
     if not available.get(name, torch.backends.mps.is_available()):
-        raise InputError(f"--device {name}: there is no {name} here; --device auto takes what there is")
+        raise InputError(f"--device {name}: {name} is not available here; use --device auto")
     return DEVICE if name == "auto" else torch.device(name)
 
 
@@ -929,28 +951,21 @@ def run(args):
         title = f"{dataset}, seed {args.seed}" + (", dry run" if args.dry_run else "")
         save_pictures(out, title, train, test, logits, log)
         best = next(row for row in reversed(log) if row["best"])
-        results = run_metrics(args, dataset, device, log, best, len(train[0]), model)
-        results |= dict(
-            total_seconds=time.perf_counter() - began, test_accuracy=test_accuracy, test_loss=test_loss
-        )
+        seconds = sum(row["seconds"] for row in log), time.perf_counter() - began
+        results = dict(dataset=dataset, seed=args.seed, device=device_name(device), torch=torch.__version__)
+        results |= dict(git_commit=git_commit(), command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+        results |= dict(dry_run=args.dry_run, epochs=len(log), batch_size=args.batch_size)
+        results |= dict(samples_per_epoch=len(train[0]))
+        results |= dict(trainable_params=sum(p.numel() for p in model.parameters()))
+        results |= dict(train_seconds=seconds[0], total_seconds=seconds[1], best_epoch=best["epoch"])
+        results |= dict(val_accuracy=best["val_accuracy"], test_accuracy=test_accuracy, test_loss=test_loss)
         write_file(out / "metrics.json", as_json(results))  # last: without it, a run is unfinished
-    seconds = results["train_seconds"], results["total_seconds"]
     print(f"training {duration(seconds[0])}, in all {duration(seconds[1])}; results in {out}")
     print(
         f"{dataset} test, once, with the weights of epoch {best['epoch']} (best on validation: "
         f"{best['val_accuracy']:.2%}): accuracy {test_accuracy:.2%}, loss {test_loss:.4f}"
     )
     return 0
-
-
-def run_metrics(args, dataset, device, log, best, samples, model):
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    found = dict(dataset=dataset, seed=args.seed, device=device_name(device), torch=torch.__version__)
-    found |= dict(git_commit=git_commit(), command=command, dry_run=args.dry_run, epochs=len(log))
-    found |= dict(batch_size=args.batch_size, samples_per_epoch=samples)
-    found |= dict(trainable_params=sum(p.numel() for p in model.parameters()), best_epoch=best["epoch"])
-    # batches and steps alone
-    return found | dict(train_seconds=sum(row["seconds"] for row in log), val_accuracy=best["val_accuracy"])
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -963,7 +978,7 @@ def parse(argv):
     add = parser.add_argument_group("data").add_argument
     text = "auto: MNIST, or digits where it can't be had (default: %(default)s)"
     add("--dataset", choices=("auto", "mnist", "digits"), default="auto", help=text)
-    add("--data-dir", default="data", metavar="DIR", help="where the data sets lie (default: %(default)s)")
+    add("--data-dir", default="data", metavar="DIR", help="folder of the data sets (default: %(default)s)")
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=int, default=5, help="passes over the training set (default: %(default)s)")
     add("--batch-size", type=int, default=64, help="images per step (default: %(default)s)")
@@ -973,11 +988,14 @@ def parse(argv):
         "onecycle: with weight decay, Nesterov and one-pixel shifts; constant: without (default: %(default)s)"
     )
     add("--schedule", choices=("onecycle", "constant"), default="onecycle", help=text)
-    add("--seed", type=int, default=0, help="of split, initial weights and order (default: %(default)s)")
-    add = parser.add_argument_group("run").add_argument
-    text = (
-        "auto: cuda if there is one, else cpu; mps has no float64 and is never chosen (default: %(default)s)"
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the split, the initial weights and the order (default: %(default)s)",
     )
+    add = parser.add_argument_group("run").add_argument
+    text = "auto: cuda or else cpu; mps, which has no float64, only by name (default: %(default)s)"
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
     add("--out", metavar="DIR", help="results folder (default: results/cnn-<timestamp>)")
     add("--deterministic", action="store_true", help="the same bits again, on CUDA too")
@@ -992,8 +1010,8 @@ def parse(argv):
     for name, value in (("--epochs", args.epochs), ("--batch-size", args.batch_size)):
         if not 0 < value < 2**31:
             parser.error(f"{name} is {value}: expected more than 0, less than 2^31")
-    if not 0 < args.lr < math.inf:
-        parser.error(f"--lr is {args.lr}: expected more than 0")
+    if not 0 < args.lr < 1e38:  # float32 ends there
+        parser.error(f"--lr is {args.lr}: expected more than 0 and less than 1e38")
     if not 0 <= args.momentum < 1:
         parser.error(f"--momentum is {args.momentum}: expected 0 or more and less than 1")
     if not -(2**63) <= args.seed < 2**64:
@@ -1004,7 +1022,7 @@ def parse(argv):
 
 
 def guard_streams():
-    """Nothing that is printed may end a run: stdout or stderr may be closed, or know ASCII alone."""
+    """Nothing that is printed may end a run: stdout or stderr may be closed, or take only ASCII."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -1023,7 +1041,12 @@ def main(argv=None):
     except (InputError, FloatingPointError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, InputError) else 1
-    except OSError as e:  # of a print: whoever read the pipe has gone, as `head` does, or a disk is full
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory, try a smaller --batch-size", file=sys.stderr)
+        return 1
+    except (
+        OSError
+    ) as e:  # mostly of a print: whoever read the pipe has gone, as `head` does, or a disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter complains when it flushes stdout
         if isinstance(e, BrokenPipeError):
             return 141  # what a shell shows for a program that SIGPIPE ended

@@ -1794,6 +1794,23 @@ class Predict(Case):
             self.assertNotIn("Traceback", err)
         self.say(f"{', '.join(paths)}: clear lines")
 
+    def test_flipped_bits(self):
+        """A best.pt with one bit flipped is refused, or its weights are the same."""
+        whole, refused = self.checkpoint.read_bytes(), 0
+        want = [p.clone() for p in self.model.parameters()]
+        for _ in range(200):
+            content, at = bytearray(whole), self.rng.randrange(len(whole))
+            content[at] ^= 1 << self.rng.randrange(8)
+            (self.tmp / "flipped.pt").write_bytes(content)
+            model = c.build_cnn("cpu")
+            try:
+                c.load_weights(self.tmp / "flipped.pt", model)
+                self.assertTrue(all(map(torch.equal, model.parameters(), want)), f"byte {at}")
+            except c.InputError:
+                refused += 1
+        self.assertGreater(refused, 150)
+        self.say(f"{refused} of 200 refused, in the others the weights are the same")
+
     def test_bad_checkpoints(self):
         self.stroke().save(self.tmp / "seven.png")
         weights = {k: v.clone() for k, v in c.named(self.model).items()}
