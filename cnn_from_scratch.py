@@ -224,7 +224,7 @@ class Conv2D(Module):
         return cols
 
     def col2im(self, dcols, x, Ho, Wo):
-        """dcols [K, L] -> dx [N, C, H, W]; a pixel that several windows share has several copies: hence +=."""
+        """dcols [K, L] -> dx [N, C, H, W]; a pixel in several windows has several copies: hence +=."""
         (N, C, H, W), (kH, kW), (sH, sW), (pH, pW) = x.shape, self.kernel, self.stride, self.padding
         dcols = dcols.view(C, kH, kW, Ho, Wo, N)
         dxp = dcols.new_zeros(C, H + 2 * pH, W + 2 * pW, N)
@@ -367,7 +367,7 @@ class CrossEntropy(Module):
 class Sequential(Module):
     """Layers one after the other: y = model(x); set y.g (or let CrossEntropy do it); model.backward(y).
 
-    ReLU followed by MaxPool2D runs as MaxPool2D, then ReLU. ReLU is monotone, so the outputs are the same, and
+    ReLU followed by MaxPool2D runs as MaxPool2D, then ReLU. ReLU is monotone, so outputs are the same, and
     where a window has no positive element no gradient passes either way; after a 2×2 pooling ReLU has a
     quarter of the work. The layers' `args` and `out` are those of the order that ran; Sequential(...,
     reorder=False) runs the order as written.
