@@ -38,6 +38,7 @@ import shlex
 import socket
 import subprocess
 import time
+import warnings
 import zipfile
 from datetime import datetime
 from pathlib import Path
@@ -48,6 +49,7 @@ import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure  # pyplot would set up a display and global state on import
 from PIL import Image, ImageOps
+from scipy import ndimage
 from sklearn import datasets, metrics
 
 try:
@@ -765,31 +767,131 @@ def save_pictures(out, title, train, test, logits, log):
 # ---------------------------------------------------------------------------------------------- prediction
 
 
-def read_digit(path):
-    """A picture of one digit as MNIST has them: light on dark, longer side 20 px, centre of mass central."""
+def open_picture(path):
+    """Grey float32 [H, W] in 0..255, upright, the longer side 400 px, white behind what is transparent.
+
+    Raises InputError for what is no image, a damaged image or one of more than 64 megapixels.
+    """
+    hint = ""
     try:
-        with Image.open(path) as f:
-            picture = ImageOps.exif_transpose(f).convert("RGBA")
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            warnings.simplefilter("ignore")  # Pillow's own, about EXIF that is corrupt and the like
+            head = file.read(12)
+            if head[:4] == b"%PDF":
+                hint = "a PDF: export the page as PNG; "
+            elif head[4:8] == b"ftyp":
+                hint = "HEIC or a film: save it as JPEG or PNG; "
+            picture = Image.open(file)
+            w, h = picture.size
+            if w * h > 64e6 or max(w, h) > 50 * min(w, h):  # before decoding: 20 KB of PNG may become 4 GB
+                raise InputError(f"{w} x {h} pixels: more than 64 million, or a mere line")
+            picture.draft("RGB", (400, 400))  # a JPEG is decoded at a half, a quarter or an eighth
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode[0] in "IF":  # 16 bits or more, often not all in use; convert() would clip them
+                deep = np.nan_to_num(np.asarray(picture, np.float32), posinf=0).clip(0)
+                picture = Image.fromarray(deep / max(deep.max(), 1e-9) * 255).convert("L")
+            picture = ImageOps.contain(picture.convert("RGBA"), (400, 400))
+            paper = Image.new("RGBA", picture.size, "white")
+            return np.asarray(Image.alpha_composite(paper, picture).convert("L"), np.float32)
     except Exception as e:  # Pillow's readers throw whatever a damaged file leads to
-        raise InputError(f"{path}: not an image ({one_line(e, 120)})") from e
-    paper = Image.new("RGBA", picture.size, "white")  # behind what is transparent
-    a = np.asarray(Image.alpha_composite(paper, picture).convert("L"), dtype=np.float32)
-    ink = np.abs(a - np.median(np.concatenate([a[0], a[-1], a[:, 0], a[:, -1]])))  # either polarity
-    if ink.max() < 30:
-        raise InputError(f"{path}: no digit, nothing stands out from the border")
-    ink = np.where(ink > 0.2 * ink.max(), ink, 0)
-    rows, columns = ink.max(1).nonzero()[0], ink.max(0).nonzero()[0]
-    digit = Image.fromarray(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
-    scale = 20 / max(digit.size)
-    size = [max(1, round(scale * n)) for n in digit.size]
-    digit = np.asarray(digit.resize(size, Image.Resampling.BICUBIC)).clip(0)
+        raise InputError(f"{path} can't be read ({hint}{one_line(e, 120)})") from e
+
+
+def ring(shape, width):
+    """Mask of the pixels that are less than `width` from the border."""
+    mask = np.ones(shape, bool)
+    mask[width:-width, width:-width] = False
+    return mask
+
+
+def above_paper(grey):
+    """How far each pixel of [H, W] is from the paper around it: 0 the paper, 1 black; of light ink, white."""
+    small = np.asarray(Image.fromarray(grey).reduce(4))  # fast, and less noise
+    border = ring(small.shape, max(1, min(small.shape) * 6 // 100))
+    # Ink is whatever differs most from its surroundings: a shadow's edge does so to both sides alike.
+    padded = np.pad(small, 7, constant_values=np.median(small[border]))
+    if ((padded - ndimage.uniform_filter(padded, 51)) ** 3).sum() > 0:  # light ink
+        grey, small = 255 - grey, 255 - small
+    # A closing that is wider than any stroke leaves the paper alone, with the edges of its shadows.
+    paper = Image.fromarray(ndimage.grey_closing(small, 31))
+    return 1 - grey / np.asarray(paper.resize(grey.shape[::-1], Image.Resampling.BILINEAR)).clip(1)
+
+
+def otsu(values):
+    """The threshold between the two classes whose means differ most for their sizes (Otsu 1979)."""
+    counts, edges = np.histogram(values, 256)
+    n, total = counts.cumsum(), (counts * edges[1:]).cumsum()
+    between = (total[-1] * n - total * n[-1]) ** 2 / (n * (n[-1] - n)).clip(1)
+    return edges[1:][between.argmax()]
+
+
+def choose_parts(labels):
+    """Of the connected parts 1, 2, ... in labels [H, W]: which are the character; a warning or None."""
+    boxes, area = ndimage.find_objects(labels), np.bincount(labels.ravel())[1:]
+    size = np.array([[s.stop - s.start for s in box] for box in boxes])  # height and width of each
+    wanted = area > 0.02 * area.max()
+    for k in np.flatnonzero(wanted):
+        own = labels[boxes[k]] == k + 1
+        hole = ndimage.binary_fill_holes(own) & ~own
+        wanted[k] = (labels[boxes[k]][hole] > 0).sum() < 0.1 * area[k]  # else a frame around another part
+    # Table, shadow and punched hole reach the edge.
+    inner = wanted & (size.max(1) > 32)
+    inner[labels[ring(labels.shape, 1) & (labels > 0)] - 1] = False
+    wanted, warning = (inner, None) if inner.any() else (wanted, "it reaches the edge of the picture")
+    main = np.where(wanted, area, 0).argmax()
+    for k in np.flatnonzero(wanted):
+        down, right = (max(s.start - t.stop, t.start - s.stop) for s, t in zip(boxes[k], boxes[main]))
+        wanted[k] = k == main or (max(down, right) < 0.3 * max(size[main]) and area[k] > 0.05 * area[main])
+        if right > 0.08 * size[main, 0] and size[k, 0] > 0.5 * size[main, 0] and area[k] > 0.25 * area[main]:
+            wanted[k], warning = False, "several characters side by side, the largest is read"
+    return np.flatnonzero(wanted) + 1, warning
+
+
+def find_ink(grey, name):
+    """The character in a picture [H, W], cropped: float32 [h, w] in 0..1, light on dark; a warning or None.
+
+    Raises InputError with the picture's name where nothing stands out from the paper.
+    """
+    dark = ndimage.gaussian_filter(above_paper(grey), 1.5)  # the sensor's noise
+    rise = ndimage.morphological_gradient(dark, 25)
+    threshold = otsu(dark)
+    ink, paper = dark[dark > threshold], dark[dark <= threshold]
+    # Shading grows slowly towards its darkest, ink at once; noise has no two classes.
+    blank = (
+        dark.max() < 0.08 or rise.max() < 0.7 * dark.max() or ink.mean() - paper.mean() < 3.5 * paper.std()
+    )
+    border = ring(dark.shape, 1)
+    for width in range(2, 10):  # ruled lines and borders: they reach the edge, strokes are wider
+        at_edge = (dark[border] > threshold).sum()
+        opened = ndimage.grey_opening(dark, width, mode="constant") if at_edge else dark
+        if 2 * (opened[border] > threshold).sum() < at_edge:
+            dark = opened
+    mask = dark > threshold
+    cropped = all(side.any() for side in (mask[:12], mask[-12:], mask[:, :12], mask[:, -12:]))
+    if cropped and not blank and max(grey.shape) <= 400:
+        return find_ink(np.pad(grey, 60, constant_values=np.median(grey[~mask])), name)
+    labels, count = ndimage.label(mask, np.ones((3, 3)))
+    if blank or not count:
+        raise InputError(f"{name} shows no character: nothing stands out from the paper")
+    parts, warning = choose_parts(labels)
+    mask = np.isin(labels, parts)
+    ink = (dark / np.percentile(dark[mask], 90) - 0.15) / 0.85  # soft, as the networks know it
+    ink = ink.clip(0, 1) * ndimage.binary_dilation(mask, iterations=6)
+    rows, columns = (np.flatnonzero(ink.max(d) > 0.1) for d in (1, 0))
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32), warning
+
+
+def read_digit(path):
+    """The digit of a picture as MNIST places them: uint8 [28, 28], and a warning or None."""
+    ink, warning = find_ink(open_picture(path), path)
+    scale = 20 / max(ink.shape)
+    size = [max(1, round(scale * n)) for n in ink.shape[::-1]]
+    digit = np.asarray(Image.fromarray(ink).resize(size, Image.Resampling.BICUBIC)).clip(0)
     centre = [float((digit.sum(1 - d) @ (np.arange(digit.shape[d]) + 0.5)) / digit.sum()) for d in (0, 1)]
     top, left = (min(max(round(14 - c), 0), 28 - n) for c, n in zip(centre, digit.shape))
-    image = torch.zeros(28, 28, dtype=torch.uint8)
-    image[top : top + digit.shape[0], left : left + digit.shape[1]] = torch.from_numpy(
-        255 * digit / digit.max()
-    )
-    return image, None
+    image = np.zeros((28, 28), np.uint8)
+    image[top : top + digit.shape[0], left : left + digit.shape[1]] = 255 * digit / digit.max()
+    return torch.from_numpy(image), warning
 
 
 def load_weights(path, model):

@@ -38,6 +38,7 @@ import string
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
@@ -50,6 +51,7 @@ import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure  # without pyplot there is no global state and no display
 from PIL import Image, ImageOps
+from scipy import ndimage
 from sklearn import datasets, metrics
 from torch import nn
 
@@ -1251,32 +1253,133 @@ def compare(args):
     make_folder(out)
     print(write_comparison(out, sorted(rows, key=lambda r: r["train_seconds"])))
     print(f"in {out}: comparison.md, comparison.json, comparison.png")
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------- predict
 
 
-def read_character(path):
-    """A photo or scan of one character -> uint8 [28, 28], light on dark, centred and scaled as in EMNIST."""
+def open_picture(path):
+    """Grey float32 [H, W] in 0..255, upright, the longer side 400 px, white behind what is transparent.
+
+    Raises InputError for what is no image, a damaged image or one of more than 64 megapixels.
+    """
+    hint = ""
     try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGBA")
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            warnings.simplefilter("ignore")  # Pillow's own, about EXIF that is corrupt and the like
+            head = file.read(12)
+            if head[:4] == b"%PDF":
+                hint = "a PDF: export the page as PNG; "
+            elif head[4:8] == b"ftyp":
+                hint = "HEIC or a film: save it as JPEG or PNG; "
+            picture = Image.open(file)
+            w, h = picture.size
+            if w * h > 64e6 or max(w, h) > 50 * min(w, h):  # before decoding: 20 KB of PNG may become 4 GB
+                raise InputError(f"{w} x {h} pixels: more than 64 million, or a mere line")
+            picture.draft("RGB", (400, 400))  # a JPEG is decoded at a half, a quarter or an eighth
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode[0] in "IF":  # 16 bits or more, often not all in use; convert() would clip them
+                deep = np.nan_to_num(np.asarray(picture, np.float32), posinf=0).clip(0)
+                picture = Image.fromarray(deep / max(deep.max(), 1e-9) * 255).convert("L")
+            picture = ImageOps.contain(picture.convert("RGBA"), (400, 400))
+            paper = Image.new("RGBA", picture.size, "white")
+            return np.asarray(Image.alpha_composite(paper, picture).convert("L"), np.float32)
     except Exception as e:  # Pillow's readers throw whatever a damaged file leads to
-        raise InputError(f"{path} is no readable image ({one_line(e)})") from e
-    paper = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    grey = np.asarray(paper.convert("L"), dtype=np.float32)
-    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    ink = np.abs(grey - np.median(border))  # distance from the background: either polarity
-    if ink.max() < 20:
-        raise InputError(f"{path} shows nothing: it is of one colour")
-    ink = np.clip((ink / ink.max() - 0.2) / 0.8, 0, 1)  # the paper's noise becomes background
-    rows, columns = (np.flatnonzero((ink > 0.3).any(axis)) for axis in (1, 0))
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        raise InputError(f"{path} can't be read ({hint}{one_line(e, 120)})") from e
+
+
+def ring(shape, width):
+    """Mask of the pixels that are less than `width` from the border."""
+    mask = np.ones(shape, bool)
+    mask[width:-width, width:-width] = False
+    return mask
+
+
+def above_paper(grey):
+    """How far each pixel of [H, W] is from the paper around it: 0 the paper, 1 black; of light ink, white."""
+    small = np.asarray(Image.fromarray(grey).reduce(4))  # fast, and less noise
+    border = ring(small.shape, max(1, min(small.shape) * 6 // 100))
+    # Ink is whatever differs most from its surroundings: a shadow's edge does so to both sides alike.
+    padded = np.pad(small, 7, constant_values=np.median(small[border]))
+    if ((padded - ndimage.uniform_filter(padded, 51)) ** 3).sum() > 0:  # light ink
+        grey, small = 255 - grey, 255 - small
+    # A closing that is wider than any stroke leaves the paper alone, with the edges of its shadows.
+    paper = Image.fromarray(ndimage.grey_closing(small, 31))
+    return 1 - grey / np.asarray(paper.resize(grey.shape[::-1], Image.Resampling.BILINEAR)).clip(1)
+
+
+def otsu(values):
+    """The threshold between the two classes whose means differ most for their sizes (Otsu 1979)."""
+    counts, edges = np.histogram(values, 256)
+    n, total = counts.cumsum(), (counts * edges[1:]).cumsum()
+    between = (total[-1] * n - total * n[-1]) ** 2 / (n * (n[-1] - n)).clip(1)
+    return edges[1:][between.argmax()]
+
+
+def choose_parts(labels):
+    """Of the connected parts 1, 2, ... in labels [H, W]: which are the character; a warning or None."""
+    boxes, area = ndimage.find_objects(labels), np.bincount(labels.ravel())[1:]
+    size = np.array([[s.stop - s.start for s in box] for box in boxes])  # height and width of each
+    wanted = area > 0.02 * area.max()
+    for k in np.flatnonzero(wanted):
+        own = labels[boxes[k]] == k + 1
+        hole = ndimage.binary_fill_holes(own) & ~own
+        wanted[k] = (labels[boxes[k]][hole] > 0).sum() < 0.1 * area[k]  # else a frame around another part
+    # Table, shadow and punched hole reach the edge.
+    inner = wanted & (size.max(1) > 32)
+    inner[labels[ring(labels.shape, 1) & (labels > 0)] - 1] = False
+    wanted, warning = (inner, None) if inner.any() else (wanted, "it reaches the edge of the picture")
+    main = np.where(wanted, area, 0).argmax()
+    for k in np.flatnonzero(wanted):
+        down, right = (max(s.start - t.stop, t.start - s.stop) for s, t in zip(boxes[k], boxes[main]))
+        wanted[k] = k == main or (max(down, right) < 0.3 * max(size[main]) and area[k] > 0.05 * area[main])
+        if right > 0.08 * size[main, 0] and size[k, 0] > 0.5 * size[main, 0] and area[k] > 0.25 * area[main]:
+            wanted[k], warning = False, "several characters side by side, the largest is read"
+    return np.flatnonzero(wanted) + 1, warning
+
+
+def find_ink(grey, name):
+    """The character in a picture [H, W], cropped: float32 [h, w] in 0..1, light on dark; a warning or None.
+
+    Raises InputError with the picture's name where nothing stands out from the paper.
+    """
+    dark = ndimage.gaussian_filter(above_paper(grey), 1.5)  # the sensor's noise
+    rise = ndimage.morphological_gradient(dark, 25)
+    threshold = otsu(dark)
+    ink, paper = dark[dark > threshold], dark[dark <= threshold]
+    # Shading grows slowly towards its darkest, ink at once; noise has no two classes.
+    blank = (
+        dark.max() < 0.08 or rise.max() < 0.7 * dark.max() or ink.mean() - paper.mean() < 3.5 * paper.std()
+    )
+    border = ring(dark.shape, 1)
+    for width in range(2, 10):  # ruled lines and borders: they reach the edge, strokes are wider
+        at_edge = (dark[border] > threshold).sum()
+        opened = ndimage.grey_opening(dark, width, mode="constant") if at_edge else dark
+        if 2 * (opened[border] > threshold).sum() < at_edge:
+            dark = opened
+    mask = dark > threshold
+    cropped = all(side.any() for side in (mask[:12], mask[-12:], mask[:, :12], mask[:, -12:]))
+    if cropped and not blank and max(grey.shape) <= 400:
+        return find_ink(np.pad(grey, 60, constant_values=np.median(grey[~mask])), name)
+    labels, count = ndimage.label(mask, np.ones((3, 3)))
+    if blank or not count:
+        raise InputError(f"{name} shows no character: nothing stands out from the paper")
+    parts, warning = choose_parts(labels)
+    mask = np.isin(labels, parts)
+    ink = (dark / np.percentile(dark[mask], 90) - 0.15) / 0.85  # soft, as the networks know it
+    ink = ink.clip(0, 1) * ndimage.binary_dilation(mask, iterations=6)
+    rows, columns = (np.flatnonzero(ink.max(d) > 0.1) for d in (1, 0))
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32), warning
+
+
+def read_character(path):
+    """The character of a picture as EMNIST places them: uint8 [28, 28], and a warning or None."""
+    ink, warning = find_ink(open_picture(path), path)
     side = max(ink.shape)  # a square around the character, then two pixels of margin around 24
     square = np.pad(ink, [((side - n) // 2, (side - n + 1) // 2) for n in ink.shape])
-    small = Image.fromarray((square * 255).astype(np.uint8)).resize((24, 24), Image.Resampling.LANCZOS)
-    image = np.pad(np.asarray(small, dtype=np.float32), 2)
-    return torch.tensor(image * (255 / image.max())).round().byte()
+    small = np.asarray(Image.fromarray(square).resize((24, 24), Image.Resampling.LANCZOS)).clip(0)
+    return torch.from_numpy(np.pad(small * (255 / small.max()), 2)).round().byte(), warning
 
 
 def predict(args):
@@ -1292,10 +1395,19 @@ def predict(args):
     except Exception as e:  # whatever a file that is none makes torch.load raise
         raise InputError(f"--checkpoint {args.checkpoint} is no best.pt ({one_line(e)})") from e
     model = model.eval().to(run.device, memory_format=torch.channels_last)
-    images = torch.stack([read_character(path) for path in args.predict]).to(run.device)
-    for path, shares in zip(args.predict, whole_network(run, model, images, size).softmax(1), strict=True):
+    status = 0
+    for path in args.predict:
+        try:
+            image, warning = read_character(path)
+        except InputError as e:
+            print(f"error: {e}", file=sys.stderr, flush=True)
+            status = 2
+            continue
+        shares = whole_network(run, model, image[None].to(run.device), size).softmax(1)[0]
         best = shares.argsort(descending=True)[:5]
-        print(f"{path}: " + "  ".join(f"{classes[k]} {shares[k]:.1%}" for k in best))
+        line = f"{path}: " + "  ".join(f"{classes[k]} {shares[k]:.1%}" for k in best)
+        print(line + (f"  | warning: {warning}" if warning else ""), flush=True)
+    return status
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -1507,8 +1619,7 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         if args.compare or args.predict:
-            compare(args) if args.compare else predict(args)
-            return 0
+            return compare(args) if args.compare else predict(args)
         return train(args)
     except InputError as e:
         if os.environ.get("RANK", "0") == "0":
