@@ -1641,7 +1641,15 @@ class CommandLine(Case):
             "PYTHON ", f"{sys.executable} "
         )
         pipe = subprocess.PIPE
-        return subprocess.Popen(["bash", "-c", command], cwd=self.tmp, stdout=pipe, stderr=pipe, text=True)
+        return subprocess.Popen(
+            ["bash", "-c", command],
+            cwd=self.tmp,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            # whoever runs these tests in the background ignores SIGINT, and children inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
     def ends(self, command, status, *texts):
         out, err = self.start(command).communicate(timeout=120)
