@@ -1624,6 +1624,7 @@ class BadInput(Case):
         self.say(lines[-1].strip().replace(str(self.tmp), "..."))
 
 
+@unittest.skipUnless(Path("/dev/full").exists() and shutil.which("bash"), "no bash or no /dev/full here")
 class CommandLine(Case):
     """The script as a process of its own: streams that are closed, full or know ASCII alone; Ctrl-C."""
 
