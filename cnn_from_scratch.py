@@ -296,10 +296,9 @@ class MaxPool2D(Module):
             larger.append(torch.gt(element, out, out=torch.empty_like(out)))
             out = torch.maximum(out, element)
         p, s = self.padding[dim - 2], self.stride[dim - 2]
-        for window, start in enumerate(
-            range(0, p, s)[: out.shape[dim]]
-        ):  # windows that begin in the padding:
-            larger[p - start - 1].select(dim, window).fill_(1)  # of nothing but -inf the first inside wins
+        # windows that begin in the padding: of nothing but -inf, the first element inside the image wins
+        for window, start in enumerate(range(0, p, s)[: out.shape[dim]]):
+            larger[p - start - 1].select(dim, window).fill_(1)
         out.larger = larger
         return out
 
@@ -868,6 +867,7 @@ def find_ink(grey, name):
         if 2 * (opened[border] > threshold).sum() < at_edge:
             dark = opened
     mask = dark > threshold
+    # a picture that is cropped to its ink gets a margin, once: open_picture gives 400 px at most
     cropped = all(side.any() for side in (mask[:12], mask[-12:], mask[:, :12], mask[:, -12:]))
     if cropped and not blank and max(grey.shape) <= 400:
         return find_ink(np.pad(grey, 60, constant_values=np.median(grey[~mask])), name)
@@ -934,11 +934,7 @@ def predict(args):
 PICTURES = ("samples.png", "curves.png", "confusion.png", "mistakes.png")
 RUN_FILES = {"args.json", "log.csv", "metrics.json", "best.pt", *PICTURES}
 TEMPORARY = {Path(name).with_suffix(".tmp").name for name in RUN_FILES}  # what a killed run may leave behind
-BEFORE = {
-    "code",
-    "commit",
-    ".lock",
-}  # what a batch job lays into the folder before the run starts, and the lock
+BEFORE = {"code", "commit", ".lock"}  # what a batch job lays there before the run starts, and the lock
 
 
 def write_file(path, content):
@@ -1149,7 +1145,7 @@ def main(argv=None):
         return 1
     except (
         OSError
-    ) as e:  # mostly of a print: whoever read the pipe has gone, as `head` does, or a disk is full
+    ) as e:  # mostly of a print: the reader of a pipe has gone, as `head` does, or a disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter complains when it flushes stdout
         if isinstance(e, BrokenPipeError):
             return 141  # what a shell shows for a program that SIGPIPE ended

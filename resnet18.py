@@ -1359,6 +1359,7 @@ def find_ink(grey, name):
         if 2 * (opened[border] > threshold).sum() < at_edge:
             dark = opened
     mask = dark > threshold
+    # a picture that is cropped to its ink gets a margin, once: open_picture gives 400 px at most
     cropped = all(side.any() for side in (mask[:12], mask[-12:], mask[:, :12], mask[:, -12:]))
     if cropped and not blank and max(grey.shape) <= 400:
         return find_ink(np.pad(grey, 60, constant_values=np.median(grey[~mask])), name)

@@ -2159,6 +2159,12 @@ class Import(Case):
         self.assertEqual(list(empty.iterdir()), [])
         self.say("silent, no file, no socket, no pyplot, no seed")
 
+    def test_reading_is_the_same(self):
+        """Both scripts read photographs by the same lines: what is mended in one is mended in the other."""
+        for name in ("open_picture", "ring", "above_paper", "otsu", "choose_parts", "find_ink"):
+            self.assertEqual(inspect.getsource(getattr(c, name)), inspect.getsource(getattr(r, name)), name)
+        self.say("six functions, the same to the letter")
+
     def test_exports(self):
         """The names and signatures that others call."""
         tail = "stride=1, padding=0, bias=True, device=None, dtype=None"
