@@ -808,11 +808,11 @@ def above_paper(grey):
     """How far each pixel of [H, W] is from the paper around it: 0 the paper, 1 black; of light ink, white."""
     small = np.asarray(Image.fromarray(grey).reduce(4))  # fast, and less noise
     border = ring(small.shape, max(1, min(small.shape) * 6 // 100))
-    # Ink is whatever differs most from its surroundings: a shadow's edge does so to both sides alike.
+    # ink is whatever differs most from its surroundings: a shadow's edge does so to both sides alike.
     padded = np.pad(small, 7, constant_values=np.median(small[border]))
     if ((padded - ndimage.uniform_filter(padded, 51)) ** 3).sum() > 0:  # light ink
         grey, small = 255 - grey, 255 - small
-    # A closing that is wider than any stroke leaves the paper alone, with the edges of its shadows.
+    # a closing that is wider than any stroke leaves the paper alone, with the edges of its shadows.
     paper = Image.fromarray(ndimage.grey_closing(small, 31))
     return 1 - grey / np.asarray(paper.resize(grey.shape[::-1], Image.Resampling.BILINEAR)).clip(1)
 
@@ -834,8 +834,7 @@ def choose_parts(labels):
         own = labels[boxes[k]] == k + 1
         hole = ndimage.binary_fill_holes(own) & ~own
         wanted[k] = (labels[boxes[k]][hole] > 0).sum() < 0.1 * area[k]  # else a frame around another part
-    # Table, shadow and punched hole reach the edge.
-    inner = wanted & (size.max(1) > 32)
+    inner = wanted & (size.max(1) > 32)  # table, shadow and punched hole reach the edge
     inner[labels[ring(labels.shape, 1) & (labels > 0)] - 1] = False
     wanted, warning = (inner, None) if inner.any() else (wanted, "it reaches the edge of the picture")
     main = np.where(wanted, area, 0).argmax()
@@ -856,7 +855,7 @@ def find_ink(grey, name):
     rise = ndimage.morphological_gradient(dark, 25)
     threshold = otsu(dark)
     ink, paper = dark[dark > threshold], dark[dark <= threshold]
-    # Shading grows slowly towards its darkest, ink at once; noise has no two classes.
+    # shading grows slowly towards its darkest, ink at once; noise has no two classes.
     blank = (
         dark.max() < 0.08 or rise.max() < 0.7 * dark.max() or ink.mean() - paper.mean() < 3.5 * paper.std()
     )
@@ -868,7 +867,8 @@ def find_ink(grey, name):
             dark = opened
     mask = dark > threshold
     # a picture that is cropped to its ink gets a margin, once: open_picture gives 400 px at most
-    cropped = all(side.any() for side in (mask[:12], mask[-12:], mask[:, :12], mask[:, -12:]))
+    steep = mask & (rise > 0.4 * rise.max())  # not a vignette's dark corners
+    cropped = all(side.any() for side in (steep[:12], steep[-12:], steep[:, :12], steep[:, -12:]))
     if cropped and not blank and max(grey.shape) <= 400:
         return find_ink(np.pad(grey, 60, constant_values=np.median(grey[~mask])), name)
     labels, count = ndimage.label(mask, np.ones((3, 3)))

@@ -170,19 +170,19 @@ def our_loop(trains, keep, images, labels, folder, *flags, layout=torch.channels
     args = r.parse_args([*flags, *([] if keep else ["--cache-gb", "0"])])
     run = r.Run(args)
     run.out = folder
-    parts = ("train", "val", "test")
-    data = r.Data("random", r.CLASSES, dict.fromkeys(parts, images), dict.fromkeys(parts, labels))
+    run.settings = argparse.Namespace(**vars(args) | {"amp": r.choose_amp(args.amp, run.device)})
+    sets = ("train", "val", "test")
+    data = r.Data("random", r.CLASSES, dict.fromkeys(sets, images), dict.fromkeys(sets, labels))
     model = r.build_model(62, None, 0).to(memory_format=layout)
-    stage = {"fc": r.PROBE, "layer4": r.PARTIAL, "all": r.FULL}[trains]
-    progress = {"seconds": {}, "history": [], "stages": []}
-    t = r.Trainer(run, data, model, r.with_flags(stage, args), 0, folder, progress)
+    regime = {"fc": "linear_probe", "layer4": "partial_unfreeze", "all": "full"}[trains]
+    t = r.Trainer(run, data, model, r.stages_of(regime, run.settings), folder)
     with contextlib.redirect_stdout(io.StringIO()):
-        t.frozen.compute(t.laps)
-    t.trained.train()
+        t.inputs.compute(t.timer)
+    t.head.train()
     order = torch.arange(t.n)
 
     def step():
-        t.step = 0
+        t.state.step = 0
         t.train_step(order)
 
     return step, t
@@ -199,15 +199,16 @@ def bench_resnet(batch=32, count=20, epochs=15):
         for trains, keep in (("fc", True), ("layer4", True), ("layer4", False), ("all", False)):
             step, t = our_loop(trains, keep, images, labels, Path(folder))
             ours[trains, keep] = images_per_second(step, batch, count)
-        model = t.model.eval()
-        forward = images_per_second(lambda: r.whole_network(t.run, model, images, 224), batch, count)
+        frozen, head = r.split_at(t.model.eval(), "fc", t.run.settings.amp)
+        with torch.no_grad():
+            forward = images_per_second(lambda: head(frozen(r.prepare(images, 224))), batch, count)
         data = images_per_second(lambda: r.prepare(images, 224), batch, count)
         techniques, inputs = {}, r.prepare
         for layout, amp in itertools.product((torch.channels_last, torch.contiguous_format), ("auto", "off")):
             laid = functools.partial(torch.Tensor.contiguous, memory_format=layout)
             with mock.patch.object(r, "prepare", lambda *a, laid=laid: laid(inputs(*a))):
                 step, t = our_loop("all", False, images, labels, Path(folder), "--amp", amp, layout=layout)
-                name = f"full, {t.run.amp.replace('off', 'float32')}, {str(layout)[6:]}"
+                name = f"full, {t.run.settings.amp.replace('off', 'float32')}, {str(layout)[6:]}"
                 techniques[name] = images_per_second(step, batch, count)
     probe = epochs / (1 / forward + epochs / ours["fc", True])  # one pass, then all epochs on what it gave
     rows = (

@@ -46,4 +46,4 @@ emnist emnist-12k-64px-float32 "${partial[@]}" --amp off
 emnist emnist-12k-64px-augment "${partial[@]}" --augment
 
 # all training images
-emnist emnist-112px --image-size 112
+emnist emnist-112px --limit 0 --image-size 112

@@ -44,7 +44,7 @@ def read_runs(results):
         )
         told = json.loads(told.read_text()) if told else {}
         row["arguments"] = told.get("arguments", told)
-        if row["arguments"].get("dry_run"):
+        if row["arguments"].get("dry_run") or "checkpoint" in row:  # an --evaluate of a run that is here too
             continue
         if "regime" in row:
             resnet.append(row | {"images": row["samples_per_epoch"], "variant": variant(row)})
@@ -192,6 +192,20 @@ def emnist_table(results):
     return table
 
 
+def emnist_short_table(results):
+    """README's: the runs without a variant, on the smallest images and on the most images."""
+    table = [["regime", "images × px", "accuracy", "macro-F1", "trainable", "training"]]
+    groups = [rows for rows in resnet_groups(read_runs(results)[1]) if not rows[0]["variant"]]
+    least, most = min(g[0]["image_size"] for g in groups), max(g[0]["images"] for g in groups)
+    for rows in groups:
+        one = rows[0]
+        if one["image_size"] == least or one["images"] == most:
+            size, f1 = f"{one['images']:,} × {one['image_size']}", f"{mean_std(rows, 'test_f1_macro')[0]:.3f}"
+            cells = [one["regime"], size, spread_of(rows, 2), f1, f"{one['trainable_params']:,}"]
+            table.append([*cells, duration(cost_of(rows))])
+    return table
+
+
 def bench_lines(results):
     path = results / "bench.txt"
     return path.read_text().splitlines() if path.exists() else []
@@ -244,6 +258,7 @@ TABLES = {
     "mnist": mnist_table,
     "step": step_table,
     "emnist": emnist_table,
+    "emnist-short": emnist_short_table,
     "regime-speed": regime_speed_table,
     "technique": technique_table,
 }
