@@ -812,7 +812,7 @@ def resume(run, data, make_model, stages, folder):
     return Trainer(run, data, make_model(), stages, folder), False
 
 
-# ---------------------------------------------------------------------------------------------- test set
+# ------------------------------------------------------------------------------------- regime and test set
 
 
 def log_prior(data):
@@ -1301,27 +1301,33 @@ def draw_top_confusions(path, confusion, data, predicted, title, pairs=12, examp
 
 def draw_comparison(path, rows, dry):
     """Accuracy and macro-F1 against two costs, and how validation went."""
-    figure, axes = new_figure(15, 4.4, 1, 3)
+    curves = [[100 * a for a in r.get("val_accuracies", [])] for r in rows]  # an older run has none
+    figure, axes = new_figure(15, 4.4, 1, 3 if any(curves) else 2)
     costs = {"train_seconds": "training time (s), caches included", "update_budget": "trained samples"}
     for ax, (cost, label) in zip(axes[0], costs.items()):
         for r, colour in zip(rows, COLOURS * len(rows)):
             for key, marker in (("test_accuracy", "o"), ("test_f1_macro", "^")):
-                ax.plot(r[cost], 100 * r[key], marker, color=colour, ms=8)
+                name = r["label"] if key == "test_accuracy" else None
+                ax.plot(r[cost], 100 * r[key], marker, color=colour, ms=8, label=name)
                 spot = {"xytext": (9, -4), "textcoords": "offset points", "fontsize": 9}
                 ax.annotate(f"{100 * r[key]:.1f}", (r[cost], 100 * r[key]), **spot)
-        ax.set(xlabel=label, ylabel="test set (%): circles accuracy, triangles macro-F1")
-        if max(r[cost] for r in rows) > 5 * min(r[cost] for r in rows):  # else a logarithm has no ticks
-            ax.set_xscale("log")
-        ax.margins(0.2, 0.15)
+        ax.set(xlabel=label, ylabel="test set (%): ● accuracy, ▲ macro-F1")
+        least, most = (pick(r[cost] for r in rows) for pick in (min, max))
+        if most > 20 * least:
+            ax.set(xscale="log", xlim=(least / 2, 2 * most))
+            ax.xaxis.set_major_formatter("{x:,.0f}")
+        else:
+            ax.set_xlim(0, 1.2 * most)
+        ax.margins(y=0.15)
         ax.grid(alpha=0.3)
-    ax = axes[0, 2]
-    for r, colour in zip(rows, COLOURS * len(rows)):
-        curve = [100 * a for a in r.get("val_accuracies", [])]  # an older run has none
-        ax.plot(range(1, len(curve) + 1), curve, "o-", color=colour, ms=4, label=r["label"])
-    ax.set(xlabel="epoch", ylabel="validation accuracy (%)")
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.grid(alpha=0.3)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(rows)))
+    if any(curves):
+        for curve, colour in zip(curves, COLOURS * len(rows)):
+            axes[0, 2].plot(range(1, len(curve) + 1), curve, "o-", color=colour, ms=4)
+        axes[0, 2].set(xlabel="epoch", ylabel="validation accuracy (%)")
+        axes[0, 2].xaxis.get_major_locator().set_params(integer=True)
+        axes[0, 2].grid(alpha=0.3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(rows)))
     if dry:
         figure.suptitle(dry)
     save_figure(figure, path)

@@ -1,7 +1,7 @@
 """Tests of both scripts on random tensors and small made-up data: no network, nothing left behind.
 
     python tests.py                       # all of them; each prints what it measured
-    python tests.py Conv test_gradients   # those whose class or name begins so
+    python tests.py Layers Predict.photo  # those whose class or name begins so
     python tests.py bench                 # tables of speed, pass or fail nothing; `bench cnn` that one alone
     python tests.py soak 50               # resnet18.py killed 50 times at random points, compared bit by bit
 
@@ -772,6 +772,7 @@ class Run(Case):
         self.assertTrue(0 < m["train_seconds"] < m["total_seconds"] and m["device"] and m["git_commit"])
         rows = list(csv.DictReader(io.StringIO((self.out / "log.csv").read_text())))
         self.assertEqual([row["epoch"] for row in rows], ["1", "2"])
+        self.assertAlmostEqual(float(rows[1]["lr"]), c.learning_rate(11, 12, 0.05, "onecycle"))
         self.assertEqual(max(float(row["val_accuracy"]) for row in rows), m["val_accuracy"])
         self.assertTrue(all(math.isfinite(float(v)) for row in rows for v in row.values()))
         model, (_, test) = c.build_cnn("cpu"), c.load_mnist(self.tmp / "data")
@@ -927,16 +928,16 @@ class BadInput(Case):
         (self.tmp / "file").write_text("")
         for out in (self.tmp / "file", self.tmp / "file" / "below"):
             self.refused("--dataset", "digits", out=out, says=[out])
-        for name, content in (("thesis.tex", "mine"), ("args.json", "{"), ("best.pt", "x"), (".lock", "")):
+        cases = [("thesis.tex", "mine", "other files"), ("args.json", "{", "can't be used")]
+        cases += [("best.pt", "x", "other files"), (".lock", "", "another run is writing into")]
+        for name, content, text in cases if c.fcntl else cases[:-1]:
             out = Path(tempfile.mkdtemp(dir=self.tmp))
             (out / name).write_text(content)
-            if name != ".lock":
-                self.refused("--dataset", "digits", out=out, says=[out])
-        with open(out / ".lock", "a") as lock:
-            if c.fcntl:
-                c.fcntl.flock(lock, c.fcntl.LOCK_EX)
-                self.refused("--dataset", "digits", out=out, says=["another run is writing into"])
-        self.say("six refused")
+            with open(out / name) as file:
+                if name == ".lock":
+                    c.fcntl.flock(file, c.fcntl.LOCK_EX)
+                self.refused("--dataset", "digits", out=out, says=[out, text])
+        self.say(f"a file, a folder below a file, {', '.join(name for name, *_ in cases)}")
 
     def test_data_folder(self):
         """A folder that can't take the download is an error that names it; a network that fails is not."""
@@ -994,24 +995,24 @@ class CommandLine(Case):
 
     def start(self, command):
         # whoever runs these tests in the background ignores SIGINT, and children inherit that
-        usual = dict(cwd=self.tmp, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        usual = dict(text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         return subprocess.Popen(["bash", "-c", command.replace("RUN", self.run_it)], **pipes, **usual)
 
     def test_streams(self):
         ascii_only = "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0"
         cases = (
+            (f"{ascii_only} RUN; echo status $?", r"finished before.*\\udcc3[^$]*status 0"),
             ("RUN | true; echo status ${PIPESTATUS[0]}", "status 141"),
-            ("RUN <&- >&-; echo status $?", "status 0"),
-            (f"{ascii_only} RUN 2>&-; echo status $?", r"finished before.*\\udcc3[^$]*status 0"),
+            ("RUN <&- >&- 2>&-; echo status $?", "status 0"),
             ("RUN >/dev/full; echo status $?", "status 1\nerror: .*No space left on device"),
         )
-        for process, (command, text) in [(self.start(case[0]), case) for case in cases]:
-            with self.subTest(command):
-                said = "".join(process.communicate(timeout=120))
+        for command, text in cases:
+            with self.subTest(command), self.start(command) as process:
+                said = process.stdout.read() + process.stderr.read()
                 self.assertRegex(said, text)
                 self.assertNotIn("Traceback", said)
-        self.say("a broken pipe 141, closed streams and ASCII alone 0, a full disk 1")
+        self.say("ASCII alone and closed streams 0, a broken pipe 141, a full disk 1")
 
     def test_interrupt(self):
         """Ends the process by the signal, silently; not one in a shell's background, which ignores it."""
@@ -1218,7 +1219,8 @@ class Predict(Case):
             picture.save(path, **({"exif": exif} if path.name == "turned.jpg" else {}))
             read.append(c.read_digit(path)[0])
         for path, image in zip(paths, torch.stack(read[: len(pictures)]).float()):
-            self.assertLess(float((image - read[0]).abs().mean()), 8, path)
+            limit = {"light.png": 0.5, "deep.png": 3}.get(path.name, 8)  # levels
+            self.assertLess(float((image - read[0]).abs().mean()), limit, path)
             sides = [int(t[-1] - t[0]) + 1 for t in ((image > 0).any(d).nonzero() for d in (1, 0))]
             centre = [float(image.sum(1 - d) @ at / image.sum()) for d in (0, 1)]
             self.assertTrue(19 <= max(sides) <= 20 and all(abs(v - 14) <= 0.75 for v in centre), path)
@@ -1237,7 +1239,7 @@ class Predict(Case):
         right = self.model(c.to_input(self.images)).argmax(1) == self.labels
         self.assertGreater(float(right.double().mean()), 0.9)
         known = right.nonzero()[:5, 0]
-        for kinds, least in ((KINDS, 90), (HELD_OUT, 80)):
+        for kinds, least in ((KINDS, 95), (HELD_OUT, 90)):
             found = dict.fromkeys(kinds, 0)
             for kind, make in kinds.items():
                 rng = np.random.default_rng(0)
@@ -1376,33 +1378,32 @@ def slim_resnet():
     return torchvision.models.ResNet(Slim, [1, 1, 1, 1])
 
 
+@contextlib.contextmanager
+def slim():
+    """Within: a network of 0.3 million parameters, and empty pictures, which take longer than a small run."""
+    sizes = {k: p.numel() for k, p in slim_resnet().named_parameters() if not k.startswith("fc.")}
+    parts = {
+        part: (cut, names, sum(n for k, n in sizes.items() if k.startswith(names)))
+        for part, (cut, names, _) in r.PARTS.items()
+    }
+    changed = {name: empty_picture for name in vars(r) if name.startswith("draw_") and name != "draw_affine"}
+    with mock.patch.multiple(r, PARTS=parts, **changed):
+        with mock.patch.object(torchvision.models, "resnet18", slim_resnet):
+            yield
+
+
 def empty_picture(path, *_):
     r.write_bytes(path, b"")
 
 
-@contextlib.contextmanager
-def slim():
-    """Within: a network of 0.3 million parameters, and empty pictures, which take longer than a small run."""
-    model = slim_resnet()
-    counts = {
-        part: sum(p.numel() for k, p in model.named_parameters() if k.startswith(names) and k[:3] != "fc.")
-        for part, (_, names, _) in r.PARTS.items()
-    }
-    changed = {name: empty_picture for name in vars(r) if name.startswith("draw_") and name != "draw_affine"}
-    changed["PARTS"] = {part: (*row[:2], counts[part]) for part, row in r.PARTS.items()}
-    with mock.patch.multiple(r, **changed), mock.patch.object(torchvision.models, "resnet18", slim_resnet):
-        yield
-
-
-def call_resnet(*argv, whole=False):
-    """call() of resnet18.py, slim or the whole of it; signals go where they went before."""
-    before = [(number, signal.getsignal(number)) for number in STOPS]
-    with contextlib.nullcontext() if whole else slim():
+def call_resnet(*argv):
+    """call() of resnet18.py; signals go where they went before."""
+    handlers = [(number, signal.getsignal(number)) for number in STOPS]
+    with mock.patch.object(sys, "argv", ["resnet18.py", *map(str, argv)]):
         try:
-            with mock.patch.object(sys, "argv", ["resnet18.py", *map(str, argv)]):
-                return call(*argv, script=r)
+            return call(*argv, script=r)
         finally:
-            for number, handler in before:
+            for number, handler in handlers:
                 signal.signal(number, handler)
 
 
@@ -1416,6 +1417,8 @@ def child(argv, log, env, patch):
     sys.argv = ["resnet18.py", *argv]
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
     torch.set_num_threads(1)
+    plain = time.sleep
+    time.sleep = lambda seconds: plain(seconds / 20)  # the other ranks' seconds of waiting for rank 0
     for number in STOPS:
         signal.signal(number, signal.SIG_DFL)  # as the script does under __main__
     with slim():
@@ -1477,7 +1480,7 @@ def results(out):
     for folder in sorted(p for p in Path(out).iterdir() if p.is_dir()):
         rows = csv.DictReader(io.StringIO((folder / "log.csv").read_text()))
         log = [[v for k, v in row.items() if k != "seconds"] for row in rows]
-        row = json.loads((folder / "metrics.json").read_text())
+        row = row_of(out, folder.name)
         best, last = (r.read_tensors(folder / f"{name}.pt") for name in ("best", "last"))
         found[folder.name] = (log, {k: row[k] for k in row.keys() - TIMES}, best, last["weights"])
     return found
@@ -1500,12 +1503,21 @@ def quiet(work, *args):
     return out.getvalue()
 
 
+def row_of(out, regime="linear_probe"):
+    return json.loads((Path(out) / regime / "metrics.json").read_text())
+
+
 class ResnetCase(Case):
+    WHOLE = False  # the network of 11 million parameters and real pictures
+
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
         cls.data = cls.tmp / "data"
         write_emnist(cls.data)
+        stack = contextlib.ExitStack()
+        cls.addClassCleanup(stack.close)
+        stack.enter_context(contextlib.nullcontext() if cls.WHOLE else slim())
 
     def trainer(self, regime="partial_unfreeze", *flags):
         """A regime's trainer, before its first step."""
@@ -1514,6 +1526,12 @@ class ResnetCase(Case):
         data, weights, _, run.settings = r.load_inputs(run, None)
         model = r.build_model(len(data.classes), weights, 0)
         return r.Trainer(run, data, model, r.stages_of(regime, run.settings), run.out)
+
+    def runs(self, *argv):
+        """What the call prints, which has to end well."""
+        status, text, err = call_resnet(*argv)
+        self.assertEqual((status, err), (0, ""))
+        return text
 
     def refused(self, text, *argv, status=2):
         """The call ends with this status and one line, which has the text in it."""
@@ -1572,14 +1590,9 @@ class ResnetData(ResnetCase):
         limited = torch.cat(r.split(697_932, 1000, 0))
         self.assertEqual(len(limited.unique()), 1000)
         self.assertGreater(int(limited.max()), 600_000)
+        self.assertEqual(r.load_emnist(self.data).name, "EMNIST ByClass, 300/100 re-split")
+        self.assertEqual([len(rows) for rows in r.load_digits().labels.values()], [1437, 360])
         self.say("628,138 / 69,794, disjoint, by seed; --limit draws from everywhere")
-
-    def test_names(self):
-        data, digits = r.load_emnist(self.data), r.load_digits()
-        self.assertEqual(data.name, "EMNIST ByClass, 300/100 re-split")
-        self.assertEqual((data.classes[10], data.classes[36], len(data.classes)), ("A", "a", 62))
-        self.assertEqual((len(digits.labels["train"]), len(digits.labels["test"])), (1437, 360))
-        self.say(f"{data.name}; digits 1,437 / 360")
 
     def test_defaults(self):
         """Without a GPU EMNIST takes 12,000 images at 64 px, each where no flag says otherwise."""
@@ -1607,6 +1620,8 @@ REGIMES = {"fc": "linear_probe", "layer4": "partial_unfreeze", "all": "full"}  #
 
 
 class ResnetModel(ResnetCase):
+    WHOLE = True
+
     def test_counts(self):
         model = r.build_model(62, None, 0)
         for trains, want in (("fc", 31_806), ("layer4", 8_425_534), ("all", 11_208_318)):
@@ -1627,6 +1642,20 @@ class ResnetModel(ResnetCase):
             self.assertEqual("train" in t.inputs.kept, trains != "all")
             self.within(1e-5, max(off), f"{trains} trains")
 
+    def test_dry_run(self):
+        """Through everything, with pictures; it says what it was, everywhere, and --compare refuses it."""
+        out, argv = self.tmp / "dry", ["--dataset", "digits", "--weights", "none", "--image-size", 32]
+        text = self.runs(*argv, "--device", "cpu", "--regimes", "linear_probe", "--dry-run", "--out", out)
+        row, comparison = row_of(out), (out / "comparison.md").read_text()
+        self.assertEqual((row["dry_run"], row["limit"], row["epochs_run"]), (True, None, 1))
+        for told in (text[: text.index("training, ")], comparison, (out / "comparison.json").read_text()):
+            self.assertIn("DRY RUN", told)
+        sizes = [Image.open(path).size for path in out.rglob("*.png")]
+        self.assertTrue(len(sizes) == 5 and 200 < min(map(min, sizes)) and max(map(max, sizes)) < 2500, sizes)
+        self.say(self.refused("is of a dry run", "--compare", out, "--out", self.tmp / "none")[-50:])
+
+
+class ResnetTraining(ResnetCase):
     def test_frozen(self):
         """After training, what is frozen is the same bit for bit, statistics too, and what trains is not."""
         for trains in ("fc", "layer4"):
@@ -1637,31 +1666,6 @@ class ResnetModel(ResnetCase):
             self.assertEqual(changed, {k for k in before if k.startswith(r.PARTS[trains][1])})
             self.say(f"{trains}: {len(changed)} tensors changed, {len(before) - len(changed)} did not")
 
-    def test_weights_file(self):
-        """A state dict is read, an old .pth that is no archive too; what is wrong in one is named."""
-        path, state = self.tmp / "weights.pt", torchvision.models.resnet18().state_dict()
-        for archive in (True, False):
-            torch.save(state, path, _use_new_zipfile_serialization=archive)
-            loaded, name = r.load_weights(str(path))
-            self.assertTrue(same(dict(loaded), dict(state)))
-        model = r.build_model(62, loaded, 0)
-        self.assertTrue(torch.equal(model.layer3[1].conv2.weight, state["layer3.1.conv2.weight"]))
-        self.assertEqual((name, model.fc.out_features), ("weights.pt", 62))
-        other = {k: v for k, v in state.items() if k != "layer1.0.conv1.weight"}
-        other["conv1.weight"] = torch.zeros(64, 1, 7, 7)
-        nan = state | {"bn1.weight": torch.full((64,), math.nan)}
-        cases = (
-            (other, r"differs from ResNet-18 \(2 keys\): conv1.weight is"),
-            (nan, "bn1.weight is not finite"),
-            ([1, 2], "expected a state dict"),
-        )
-        for content, text in cases:
-            torch.save(content, path)
-            self.assertRaisesRegex(r.InputError, text, r.load_weights, str(path))
-        self.say("read in either format; missing, misshapen and infinite keys named")
-
-
-class ResnetTraining(ResnetCase):
     def test_step(self):
         """One step is a plain loop's: gradient of the mean loss, AdamW, statistics of what trains."""
         for trains, regime in REGIMES.items():
@@ -1709,10 +1713,9 @@ class ResnetTraining(ResnetCase):
         self.say(f"{t.n} images in {t.steps} steps of {sizes}; rate {ends}")
 
     def trained(self, regime, *flags, kept=True):
-        with slim():
-            t = self.trainer(regime, "--epochs", 2, "--batch-size", 64, *flags)
-            with contextlib.nullcontext() if kept else mock.patch.object(r.Inputs, "compute"):
-                quiet(t.train)
+        t = self.trainer(regime, "--epochs", 2, "--batch-size", 64, *flags)
+        with contextlib.nullcontext() if kept else mock.patch.object(r.Inputs, "compute"):
+            quiet(t.train)
         self.assertEqual(bool(t.inputs.kept), kept)
         return t
 
@@ -1739,27 +1742,20 @@ class ResnetTraining(ResnetCase):
         self.say(f"loss {off:.4f} in float32, {bf16:.4f} in bf16; auto here: {here}")
 
     def test_overfit(self):
-        with slim():
-            t = self.trainer("full", "--epochs", 12, "--limit", 62, "--batch-size", 32, "--warmup-epochs", 0)
-            quiet(t.train)
+        t = self.trainer("full", "--epochs", 12, "--limit", 62, "--batch-size", 32, "--warmup-epochs", 0)
+        quiet(t.train)
         accuracy = t.state.progress["history"][-1]["train_accuracy"]
         self.assertGreater(accuracy, 0.95)
         self.say(f"{accuracy:.1%} of {t.n} images after {t.state.epoch} epochs")
 
     def test_early_stopping(self):
         """Patience in epochs, min-delta in accuracy, and the best weights, not the last, are restored."""
-        t = self.trainer("linear_probe", "--epochs", 20, "--patience", 3)
-        script, weights = iter([0.5, 0.6, 0.6 + r.MIN_DELTA / 2, 0.55, 0.59, 0.99]), []
-
-        def validate():
-            weights.append(t.model.fc.weight.detach().clone())
-            return 1.0, next(script), 0.0
-
-        t.validate = validate
+        t, weights = self.trainer("linear_probe", "--epochs", 20, "--patience", 3), []
+        script = iter([0.5, 0.6, 0.6 + r.MIN_DELTA / 2, 0.55, 0.59, 0.99])
+        t.validate = lambda: weights.append(t.model.fc.weight.clone()) or (1.0, next(script), 0.0)
         text = quiet(t.train)
         self.assertEqual((t.state.epoch, t.state.stale, t.state.best["epoch"]), (5, 3, 3))
-        self.assertTrue(torch.equal(t.model.fc.weight, weights[2]))
-        self.assertFalse(torch.equal(t.model.fc.weight, weights[4]))
+        self.assertEqual([torch.equal(t.model.fc.weight, weights[k]) for k in (2, 4)], [True, False])
         self.assertTrue(t.summary()["early_stopped"])
         self.say(text.splitlines()[-1])
 
@@ -1819,23 +1815,21 @@ class ResnetTraining(ResnetCase):
 
     def test_memory_limits(self):
         """The tightest control group around it counts, of either version; old file pages are free."""
-        total, page = 1 << 30, 1 << 20
-        version1 = ("memory/user", "limit_in_bytes", "usage_in_bytes", "total_inactive_file")
-        trees = {
-            "0::/job_7/step_0\n": ("job_7", "max", "current", "inactive_file"),
-            "9:cpu:/x\n4:cpu,memory:/user/job_7\n": version1,
-        }
-        for k, (told, (group, limit, used, cache)) in enumerate(trees.items()):
-            system, limit, used = self.tmp / f"system{k}", f"memory.{limit}", f"memory.{used}"
+        page, v1 = 1 << 20, ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
+        for told, group, (limit, used, cache) in (
+            ("0::/job_7/step_0\n", "job_7", ("max", "current", "inactive_file")),
+            ("9:cpu:/x\n4:cpu,memory:/user/job_7\n", "memory/user", v1),
+        ):
+            system = Path(tempfile.mkdtemp(dir=self.tmp))
             folder = system / "sys/fs/cgroup" / group
             folder.mkdir(parents=True)
             (system / "proc/self").mkdir(parents=True)
-            (system / "proc/self/cgroup").write_text(told)
-            (folder / limit).write_text(f"{total}\n")
-            (folder / used).write_text(f"{300 * page}\n")
-            (folder / "memory.stat").write_text(f"anon 5\n{cache} {100 * page}\n")
-            (folder.parent / limit).write_text("max\n")
-            self.assertEqual(list(r.cgroups_left(system)), [total - 200 * page])
+            files = {folder / f"memory.{limit}": 1024 * page, folder / f"memory.{used}": 300 * page}
+            files |= {folder / "memory.stat": f"anon 5\n{cache} {100 * page}\n"}
+            files |= {folder.parent / f"memory.{limit}": "max\n", system / "proc/self/cgroup": told}
+            for path, content in files.items():
+                path.write_text(str(content))
+            self.assertEqual(list(r.cgroups_left(system)), [824 * page])
         self.assertEqual(list(r.cgroups_left(self.tmp / "none")), [])
         with mock.patch.object(r, "cgroups_left", return_value=[5 * page, 3 * page]):
             self.assertEqual(r.free_bytes(torch.device("cpu")), 3 * page)
@@ -1913,72 +1907,70 @@ class ResnetPlan(ResnetCase):
 
     def test_plan(self):
         """A line from a few batches that change no weight, statistic, gradient, optimizer or generator."""
-        t, count = self.trainer("gradual", "--limit", 0), [0]
-
-        def prepare(*args):
-            count[0] += 1
-            return plain(*args)
+        t = self.trainer("gradual", "--limit", 0)
 
         def state():
             model = {k: v.clone() for k, v in t.model.state_dict().items()}
-            grads = [p.requires_grad for p in t.model.parameters()], [p.grad for p in t.params]
+            grads = [(p.requires_grad, p.grad) for p in t.model.parameters()]
             return model, grads, t.optimizer.state_dict(), torch.get_rng_state(), t.model.training
 
-        before, plain = state(), r.prepare
-        with mock.patch.object(r, "prepare", prepare):
+        before = state()
+        with mock.patch.object(r, "prepare", wraps=r.prepare) as prepare:
             text = quiet(r.plan, t.run, t.data, t, ["gradual"])
         self.assertTrue(same(before, state()))
         self.assertRegex(text, r"^plan: gradual about \d+ (s|min|h) on .*\n$")
-        self.assertLessEqual(count[0], 15)  # three parts of the network, five batches each
+        self.assertLessEqual(prepare.call_count, 15)  # five for each part of the network
         self.assertGreater(t.state.progress["seconds"]["plan"], 0)
-        self.say(f"{count[0]} batches: {text.strip()[:60]}")
+        self.say(f"{prepare.call_count} batches: {text.strip()[:60]}")
 
-    def test_same_bits_without(self):
-        """A run with a plan, one without, and one in several starts have the same results."""
+    def test_same_bits(self):
+        """With a plan, without one, and with a line after every batch; every pass gives its lines."""
         argv, found = small_flags(self.data, "--epochs", 1, "--limit", 100, "--seed", 2**64 - 1, "--out"), []
-        for name, changed in (("with", {}), ("without", {"plan": mock.DEFAULT}), ("pulse", {})):
-            always = property(lambda run: -math.inf, lambda run, now: None)  # as if silent for long
-            with (
-                mock.patch.multiple(r, **changed) if changed else contextlib.nullcontext(),
-                mock.patch.object(r.Run, "printed_at", always, create=True)
-                if name == "pulse"
-                else contextlib.nullcontext(),
-            ):
-                status, text, err = call_resnet(*argv, self.tmp / name)
-            self.assertEqual((status, err), (0, ""))
-            row = json.loads((self.tmp / name / "linear_probe" / "metrics.json").read_text())
-            self.assertEqual(("plan: linear" in text, "plan" in row["seconds"]), (name != "without",) * 2)
+        silent = property(lambda run: -math.inf, lambda run, now: None)  # as if for hours
+        patches = {
+            "plain": contextlib.nullcontext(),
+            "no plan": mock.patch.object(r, "plan"),
+            "lines": mock.patch.object(r.Run, "printed_at", silent, create=True),
+        }
+        for name, patch in patches.items():
+            with patch:
+                text = self.runs(*argv, self.tmp / name)
+            planned = "plan: linear" in text, "plan" in row_of(self.tmp / name)["seconds"]
+            self.assertEqual(planned, (name != "no plan",) * 2)
             found.append(results(self.tmp / name))
         self.assertTrue(same(found[0], found[1]) and same(found[0], found[2]))
-        signs = ("train: 90/90", "val: 10/10", "cache, train: ", "| step 1/1 ", "validation: 10/10", "test: ")
-        for sign in signs:
+        for sign in (
+            "features, train: 90/90",
+            "features, val: 10/10",
+            "cache, train: 90/90",
+            "| step 1/1 ",
+            "validation: 10/10",
+        ):
             self.assertIn(sign, text)
-        self.say(next(line for line in text.splitlines() if "| step" in line))
+        self.say(re.search("test: .*", text)[0])
 
     def test_pulse(self):
         """A line in a log file after twenty seconds of silence, not before, and from rank 0 alone."""
-        run = r.Run(r.parse_args(["--device", "cpu"]))
-        for silent, main, lines in ((15, True, 0), (25, True, 1), (25, False, 0)):
-            run.printed_at, run.main = time.monotonic() - silent, main
-            text = quiet(run.pulse, r.pace, "test", 300, 1000, time.monotonic() - 3)
-            self.assertEqual(text.count("\n"), lines)
-        run.printed_at, run.main = time.monotonic() - 25, True
-        self.say(quiet(run.pulse, r.pace, "test", 300, 1000, time.monotonic() - 3).strip())
+        run, lines = r.Run(r.parse_args(["--device", "cpu"])), []
+        for silent, run.main in ((15, True), (25, False), (25, True)):
+            run.printed_at = time.monotonic() - silent
+            lines.append(quiet(run.pulse, r.pace, "test", 300, 1000, time.monotonic() - 3))
+        self.assertEqual([line.count("\n") for line in lines], [0, 0, 1])
+        self.say(lines[-1].strip())
 
     def test_banner(self):
         """On a CPU it says that not all was taken, and the command for everything, which is accepted."""
         argv = ["--data-dir", self.data, "--weights", "none", "--device", "cpu", "--image-size", 32]
         argv += ["--regimes", "linear_probe", "--epochs", 1, "--dataset", "emnist", "--out"]
-        status, text, err = call_resnet(*argv, self.tmp / "banner")
-        self.assertEqual((status, err), (0, ""))
+        with mock.patch.dict(r.CPU_RUN, limit=100):
+            text = self.runs(*argv, self.tmp / "banner")
         self.assertIn("!" * 100 + "\nNO GPU: ", text)
         command = re.search(r"python resnet18.py .*--limit 0 --image-size 224$", text, re.MULTILINE)[0]
         full = r.parse_args(shlex.split(command)[2:])
         self.assertEqual((full.limit, full.image_size, full.out, full.epochs), (0, 224, None, 1))
-        kept = [json.loads((self.tmp / "banner" / "args.json").read_text())]
-        kept += [json.loads((self.tmp / "banner" / "linear_probe" / "metrics.json").read_text())]
-        self.assertEqual([(k["limit"], k["image_size"]) for k in kept], [(12_000, 32)] * 2)
-        self.assertNotIn("NO GPU", call_resnet(*argv, self.tmp / "told", "--limit", 0)[1])
+        kept = json.loads((self.tmp / "banner" / "args.json").read_text()), row_of(self.tmp / "banner")
+        self.assertEqual([(k["limit"], k["image_size"]) for k in kept], [(100, 32)] * 2)
+        self.assertNotIn("NO GPU", self.runs(*argv, self.tmp / "told", "--limit", 0))
         self.say(command)
 
 
@@ -1991,11 +1983,11 @@ class ResnetRuns(ResnetCase):
         flags = ("--regimes", "gradual", "--epochs", 1, "--batch-size", 64, "--limit", 200, "--out")
         cls.argv, cls.out = small_flags(cls.data, *flags), cls.tmp / "whole"
         cls.status, cls.text, cls.errors = call_resnet(*cls.argv, cls.out)
-        cls.row = json.loads((cls.out / "gradual" / "metrics.json").read_text())
+        cls.row = row_of(cls.out, "gradual")
 
     def test_files(self):
         """Everything that a run leaves, and a second call that finds all done."""
-        self.assertEqual((self.status, self.errors), (0, ""))
+        self.assertEqual((self.status, self.errors, self.text.count("continue with: ")), (0, "", 1))
         names = {".lock", "args.json", "samples.png", "gradual"}
         names |= {f"comparison.{kind}" for kind in ("json", "md", "png")}
         self.assertEqual({p.name for p in self.out.iterdir()}, names)
@@ -2007,106 +1999,65 @@ class ResnetRuns(ResnetCase):
         self.assertEqual([stage["trains"] for stage in self.row["stages"]], ["fc", "layer4", "all"])
         self.assertGreater(self.row["train_cpu_seconds"], 0)
         self.assertGreaterEqual(self.row["test_accuracy_case_insensitive"], self.row["test_accuracy"])
-        self.assertEqual(self.text.count("continue with: "), 1)
-        clock = time.perf_counter()
-        status, text, _ = call_resnet(*self.argv, self.out)
-        self.assertEqual((status, text[:11], text.count("\n")), (0, "all is done", 1))
-        self.say(f"complete; the same command again, {time.perf_counter() - clock:.2f}s: {text.strip()}")
-
-    def test_pictures(self):
-        """The real network and real pictures: none is empty, in a short run without progress too."""
-        argv = [
-            "--dataset",
-            "digits",
-            "--weights",
-            "none",
-            "--image-size",
-            32,
-            "--device",
-            "cpu",
-            "--dry-run",
-        ]
-        status, _, err = call_resnet(*argv, "--out", self.tmp / "drawn", whole=True)
-        self.assertEqual((status, err), (0, ""))
-        sizes = {path.name: Image.open(path).size for path in (self.tmp / "drawn").rglob("*.png")}
-        self.assertEqual(len(sizes), 5)
-        for width, height in sizes.values():
-            self.assertTrue(300 < width < 3000 and 200 < height < 3000, sizes)
-        self.say(", ".join(f"{name} {w}x{h}" for name, (w, h) in sizes.items()))
+        text = self.runs(*self.argv, self.out)
+        self.assertEqual((text[:11], text.count("\n")), ("all is done", 1))
+        self.say(text.strip())
 
     def test_evaluate(self):
         """--evaluate best.pt has the run's own test figures; load_model() gives its model."""
         best, to = self.out / "gradual" / "best.pt", self.tmp / "evaluated"
-        flags = ["--data-dir", self.data, "--device", "cpu"]
-        status, text, err = call_resnet("--evaluate", best, *flags, "--out", to)
-        self.assertEqual((status, err), (0, ""))
-        row = json.loads((to / "metrics.json").read_text())
+        argv = ["--evaluate", best, "--data-dir", self.data, "--device", "cpu", "--out", to]
+        text, row = self.runs(*argv), json.loads((to / "metrics.json").read_text())
         for k in ("test_accuracy", "test_f1_macro", "test_top5", "dataset", "image_size"):
             self.assertEqual(row[k], self.row[k])
         self.assertEqual({p.name for p in to.iterdir()}, {*r.TEST_FILES})
         self.assertEqual((to / "confusion.csv").read_bytes(), (best.parent / "confusion.csv").read_bytes())
-        with slim():
-            model, classes, size = r.load_model(best)
+        (model, classes, size), data = r.load_model(best), r.load_emnist(self.data)
         self.assertEqual((model.training, classes, size), (False, r.CLASSES, 32))
-        data = r.load_emnist(self.data)
         with torch.no_grad():
             right = model(r.prepare(data.images["test"], size)).argmax(1) == data.labels["test"]
         self.assertAlmostEqual(float(right.double().mean()), row["test_accuracy"], delta=0.011)
         self.say(text.strip()[:80])
 
     def test_other_arguments(self):
+        """Of a run that is there they are refused, and so is a second run at the same time."""
         more = ("--lr", 0.1, "--seed", 3, "--checkpoint-minutes", 9)
-        text = "other arguments: --lr None, now 0.1; --seed 0, now 3"
-        self.say(self.refused(text, *self.argv, self.out, *more)[-60:])
-
-    def test_two_runs(self):
+        text = self.refused("arguments: --lr None, now 0.1; --seed 0, now 3", *self.argv, self.out, *more)
         with r.folder_lock(self.out):
-            self.say(self.refused("another run is writing into", *self.argv, self.out)[:50])
+            self.refused("another run is writing into", *self.argv, self.out)
+        self.say(text[-60:])
 
     def test_older_run(self):
         """One of before `limit` and `image_size` were resolved goes on with all images and its 224 px."""
         out = self.tmp / "older"
         flags = ["--data-dir", self.data, "--weights", "none", "--dataset", "emnist", "--device", "cpu"]
         with mock.patch.object(r, "train_all", side_effect=r.Stopped):
-            status, _, err = call_resnet(*flags, "--image-size", 224, "--out", out)
+            call_resnet(*flags, "--image-size", 224, "--out", out)
         kept = json.loads((out / "args.json").read_text())
-        del kept["limit"], kept["image_size"]
+        kept = {k: v for k, v in kept.items() if k not in ("limit", "image_size", "checksum")}
         kept["arguments"] |= {"limit": None, "image_size": 224}
         (out / "args.json").write_text(json.dumps(kept))
         for more in ([], ["--image-size", 224]):
             with mock.patch.object(r, "train_all") as train:
-                status, _, err = call_resnet(*flags, *more, "--out", out)
-            self.assertEqual((status, err), (0, ""))
+                self.runs(*flags, *more, "--out", out)
             settings = train.call_args[0][0].settings
             self.assertEqual((settings.limit, settings.image_size), (0, 224))
         self.refused("--image-size 224, now 64", *flags, "--image-size", 64, "--out", out)
         self.say("continued with all images at 224 px, with and without its flag; 64 px refused")
 
-    def test_dry_run(self):
-        """It says that it was one, in the log, metrics.json and the comparison; --compare refuses it."""
-        out = self.tmp / "dry"
-        status, text, err = call_resnet(*small_flags(self.data, "--dry-run", "--out", out))
-        self.assertEqual((status, err), (0, ""))
-        row = json.loads((out / "partial_unfreeze" / "metrics.json").read_text())
-        self.assertEqual((row["dry_run"], row["limit"], row["epochs_run"]), (True, 12_000, 1))
-        for said_there in (text, (out / "comparison.md").read_text(), (out / "comparison.json").read_text()):
-            self.assertIn("DRY RUN", said_there)
-        self.say(self.refused("is of a dry run", "--compare", out, "--out", self.tmp / "none")[-50:])
-
     def test_compare(self):
         """Several folders in one table; a file that was changed is said; what is no run is refused."""
-        target, folder = self.tmp / "compared", self.tmp / "changed"
-        status, text, _ = call_resnet("--compare", self.out, self.out / "gradual", "--out", target)
-        self.assertEqual((status, len(json.loads((target / "comparison.json").read_text())["rows"])), (0, 2))
+        target, path = self.tmp / "compared", self.tmp / "changed" / "metrics.json"
+        text = self.runs("--compare", self.out, self.out / "gradual", "--out", target)
+        self.assertEqual(len(json.loads((target / "comparison.json").read_text())["rows"]), 2)
         self.assertIn("| gradual (run 2) |", text)
         self.assertNotIn("warning", text)
-        folder.mkdir()
-        (folder / "metrics.json").write_text(json.dumps(self.row | {"test_accuracy": 0.99}))
-        status, text, _ = call_resnet("--compare", folder, "--out", target)
-        self.assertEqual((status, text.count("warning: ")), (0, 1))
-        self.assertIn("was changed after the run had written it", text)
-        (folder / "metrics.json").write_text('{"dataset": "mnist", "train_seconds": 8.0}')
-        self.refused("not of this script", "--compare", folder, "--out", target)
+        path.parent.mkdir()
+        path.write_text(json.dumps(self.row | {"test_accuracy": 0.99}))
+        text = self.runs("--compare", path.parent, "--out", target)
+        self.assertEqual(text.count("metrics.json was changed after the run had written it"), 1)
+        path.write_text('{"dataset": "mnist", "train_seconds": 8.0}')
+        self.refused("not of this script", "--compare", path.parent, "--out", target)
         self.say(self.refused("no metrics.json there", "--compare", self.data, "--out", target)[-60:])
 
 
@@ -2115,28 +2066,27 @@ POINTS = ("step", "batch", "half", "before", "after")
 
 def kill_at(point, count):
     """SIGKILL at the count-th step, batch or write: with half of it written, before or after its rename."""
-    owner, name = {"step": (r.Trainer, "train_step"), "batch": (r, "prepare"), "half": (os, "fsync")}.get(
-        point, (os, "replace")
-    )
-    plain, calls = getattr(owner, name), [0]
+    places = {"step": (r.Trainer, "train_step"), "batch": (r, "prepare"), "half": (os, "fsync")}
+    owner, name = places.get(point, (os, "replace"))
+    plain, calls = getattr(owner, name), itertools.count(1)
 
     def deadly(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == count and point == "half":
+        if next(calls) != count:
+            return plain(*args, **kwargs)
+        if point == "half":
             os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
-        result = None if calls[0] == count and point != "after" else plain(*args, **kwargs)
-        if calls[0] == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+        if point == "after":
+            plain(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(owner, name, deadly)
 
 
-KINDS = ("SIGTERM", "SIGINT", "two signals", "SIGKILL", "kill point")
+EVENTS = ("SIGTERM", "SIGINT", "two signals", "SIGKILL", "kill point")
 
 
 def disturb(argv, log, rng, kind, seconds, world=1):
-    """One start of a run, which something of KINDS befalls within `seconds`; the signals come from outside,
+    """One start of a run, which something of EVENTS befalls within `seconds`; the signals come from outside,
     to one of its processes, SIGKILL to all. Returns how it ended: done, stopped or killed."""
     log.write_text("")
     point = (
@@ -2161,10 +2111,24 @@ def disturb(argv, log, rng, kind, seconds, world=1):
     return "killed"
 
 
+def storm(n, argv, out, log, rng, seconds, whole, world=1):
+    """Disturbs runs n times or more; each ends with the bits of `whole`. How often which disturbance came."""
+    counts = collections.Counter()
+    while sum(counts.values()) < n:
+        end = ""
+        while end != "done":
+            kind = rng.choice(EVENTS)
+            end = disturb([*argv, out], log, rng, kind, seconds, world)
+            counts[kind] += end != "done"
+        assert same(results(out), whole), f"other bits, {world} processes"
+        shutil.rmtree(out)
+    return counts
+
+
 class ResnetStops(ResnetCase):
     """Kills and signals: the finished run has the bits of one that nothing befell."""
 
-    FLAGS = ("--regimes", "gradual", "--epochs", 2, "--batch-size", 64, "--limit", 200)
+    FLAGS = ("--regimes", "gradual", "--epochs", 2, "--batch-size", 90, "--limit", 200)
     FLAGS += ("--checkpoint-minutes", 0, "--out")
 
     @classmethod
@@ -2175,42 +2139,41 @@ class ResnetStops(ResnetCase):
         cls.whole = results(cls.tmp / "whole")
 
     def test_killed(self):
-        """SIGKILL at steps and within writes."""
-        kills = [("batch", 1), ("half", 3), ("before", 4), ("after", 7), ("step", 5), ("half", 2)]
-        argv = [*self.argv, self.tmp / "killed"]
+        """SIGKILL in the features, within writes and at steps; at last a bit of last.pt changes, too."""
+        kills, argv = (
+            [("batch", 1), ("half", 3), ("after", 7), ("step", 9)],
+            [*self.argv, self.tmp / "killed"],
+        )
         for point, count in kills:
             statuses = finish(start(argv, self.log, functools.partial(kill_at, point, count)))
             self.assertEqual(statuses, [-signal.SIGKILL])
-        run_through(argv, self.log)
+        last = self.tmp / "killed" / "gradual" / "last.pt"
+        content, middle = last.read_bytes(), last.stat().st_size // 2
+        last.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        run_through(argv, self.tmp / "killed.log")
+        text = (self.tmp / "killed.log").read_text()
+        self.assertEqual(text.count("last.pt is torn or damaged"), 1)
         self.assertTrue(same(results(self.tmp / "killed"), self.whole))
-        self.say(f"{', '.join(f'{point} {count}' for point, count in kills)}: identical")
+        self.say(f"killed at {kills}; {re.search('continuing in.*', text)[0]}; identical")
 
     def test_random_moments(self):
-        """SIGTERM, SIGINT, two in a row and SIGKILL: status 75 and no traceback, or killed; identical."""
-        ends, argv = [], [*self.argv, self.tmp / "random"]
-        for kind in KINDS[:4] * 3:
-            ends.append(disturb(argv, self.tmp / "random.log", self.rng, kind, self.seconds))
-            if ends[-1] == "done":
-                break
-        else:
-            run_through(argv, self.log)
-        self.assertTrue(same(results(self.tmp / "random"), self.whole))
-        self.assertIn("stopped", ends)
-        self.say(f"{', '.join(ends)}: identical")
+        """SIGTERM, SIGINT, two in a row: status 75 and no traceback; or SIGKILL."""
+        out, log = self.tmp / "random", self.tmp / "random.log"
+        counts = storm(4, self.argv, out, log, self.rng, self.seconds, self.whole)
+        self.say(", ".join(f"{kind} {count}" for kind, count in sorted((+counts).items())) + ": identical")
 
     def test_before_data(self):
         """While data are loaded a signal ends the process at once, silently; the folder can be used."""
-        out = self.tmp / "early"
+        out, log = self.tmp / "early", self.tmp / "early.log"
         for number in STOPS:
-            self.log.write_text("")
-            ranks = start([*self.argv, out], self.log, loads_for_long)
-            self.assertTrue(said(self.log, "loading\n", ranks))
+            ranks = start([*self.argv, out], log, loads_for_long)
+            self.assertTrue(said(log, "loading\n", ranks))
             send(ranks[0], number)
             self.assertEqual(finish(ranks), [-number])
-            lines = self.log.read_text().splitlines()
+            lines = log.read_text().splitlines()
             self.assertEqual((lines[0][:14], lines[1:]), ("continue with:", ["loading"]))
-        status, _, err = call_resnet(*self.argv, out, "--dry-run")
-        self.assertEqual((status, err), (0, ""))
+            log.unlink()
+        self.runs(*self.argv, out, "--dry-run")
         self.say("ended by SIGTERM and by SIGINT, silently; then another command in the same folder")
 
     def test_at_the_end(self):
@@ -2219,24 +2182,9 @@ class ResnetStops(ResnetCase):
         run_through(argv, self.log, signals_at_the_end)
         self.say("SIGTERM and SIGINT after comparison.json: 0")
 
-    def test_torn_checkpoint(self):
-        """A changed last.pt is reported; the one before it is used."""
-        argv, log = [*self.argv, self.tmp / "torn"], self.tmp / "torn.log"
-        statuses = finish(start(argv, self.log, functools.partial(kill_at, "step", 9)))
-        self.assertEqual(statuses, [-signal.SIGKILL])
-        last = self.tmp / "torn" / "gradual" / "last.pt"
-        content = bytearray(last.read_bytes())
-        content[len(content) // 2] ^= 1
-        last.write_bytes(content)
-        run_through(argv, log)
-        self.assertEqual(log.read_text().count("last.pt is torn or damaged"), 1)
-        self.assertIn("continuing in epoch", log.read_text())
-        self.assertTrue(same(results(self.tmp / "torn"), self.whole))
-        self.say("one bit changed: reported, continued from last.pt.prev, identical")
-
 
 def loads_for_long():
-    r.load_data = lambda *_: (print("loading"), time.sleep(100))
+    r.load_data = lambda *_: (print("loading"), time.sleep(2000))
 
 
 def signals_at_the_end():
@@ -2279,32 +2227,28 @@ class ResnetProcesses(ResnetCase):
         rows, patch = [], functools.partial(keep_first_gradients, self.tmp)
         for world in (1, 2, 3):
             out = self.tmp / f"out{world}"
-            run_through(small_flags(self.data, *flags, out), self.tmp / "log", patch, world)
-            rows.append(json.loads((out / "linear_probe" / "metrics.json").read_text()))
+            ranks = start(small_flags(self.data, *flags, out), self.tmp / "log", patch, world)
+            self.assertEqual(finish(ranks), [0] * world, (self.tmp / "log").read_text())
+            rows.append(row_of(out))
             self.assertEqual(rows[-1]["processes"], world)
             self.assertAlmostEqual(rows[0]["test_accuracy"], rows[-1]["test_accuracy"], delta=0.011)
         for part in ("fc", "layer4"):
-            one, *others = (
-                torch.load(self.tmp / f"{world}.{rank}.{part}")
-                for world in (1, 2, 3)
-                for rank in range(world)
-            )
+            ranks = [(world, rank) for world in (1, 2, 3) for rank in range(world)]
+            one, *others = (torch.load(self.tmp / f"{world}.{rank}.{part}") for world, rank in ranks)
             worst = max(error(a, b) for other in others for a, b in zip(other, one, strict=True))
             self.within(1e-5, worst, f"{part} trains: loss and gradients")
 
     def test_gradual(self):
         """Two processes through all stages; a signal to one ends both, 75; continued, the same bits."""
-        flags = ("--regimes", "gradual", "--epochs", 3, "--batch-size", 63, "--limit", 140, "--out")
+        flags = ("--regimes", "gradual", "--epochs", 2, "--batch-size", 63, "--limit", 140, "--out")
         argv, log = small_flags(self.data, *flags), self.tmp / "gradual.log"
         run_through([*argv, self.tmp / "whole"], log, world=2)
         whole, log = results(self.tmp / "whole"), self.tmp / "stopped.log"
-        self.assertEqual(
-            [stage["trains"] for stage in whole["gradual"][1]["stages"]], ["fc", "layer4", "all"]
-        )
+        self.assertEqual([s["trains"] for s in whole["gradual"][1]["stages"]], ["fc", "layer4", "all"])
         for number in STOPS:
             ranks = start([*argv, self.tmp / "stopped"], log, world=2)
             self.assertTrue(said(log, "gradual: ", ranks))
-            time.sleep(self.rng.uniform(0, 0.3))
+            time.sleep(self.rng.uniform(0, 0.15))
             send(ranks[number == signal.SIGINT], number)
             self.assertEqual(finish(ranks), [75, 75], log.read_text())
             text = log.read_text()
@@ -2322,13 +2266,13 @@ class ResnetProcesses(ResnetCase):
         memory, data = RuntimeError("can't allocate memory: 9 bytes"), r.InputError("this node has no data")
         new = ["--regimes", "linear_probe", "--out"]
         cases = (
-            ([*new, foreign], tuple, [2, 2], "holds other files"),
+            ([*new, foreign], ("evaluate", None), [2, 2], "holds other files"),
             ([*new, self.tmp / "a"], ("epoch_line", memory), [1, 1], "out of memory: continue"),
             ([*new, self.tmp / "b"], ("load_data", data), [1, 2], "this node has no data"),
         )
         for k, (flags, fault, statuses, text) in enumerate(cases):
             log = self.tmp / f"errors{k}"
-            patch = functools.partial(fails_on_rank_1, *fault) if fault is not tuple else tuple
+            patch = functools.partial(fails_on_rank_1, *fault)
             ranks = start(small_flags(self.data, *flags), log, patch, 2)
             self.assertEqual(finish(ranks), statuses, log.read_text())
             told = log.read_text()
@@ -2358,147 +2302,146 @@ class ResnetDamage(ResnetCase):
         super().setUpClass()
         flags = ("--regimes", "linear_probe", "--epochs", 1, "--limit", 100, "--amp", "off", "--out")
         cls.argv, cls.out = small_flags(cls.data, *flags), cls.tmp / "out"
-        with slim():
-            cls.weights = slim_resnet().state_dict()
-            torch.save(cls.weights, cls.tmp / "weights.pth")
-        status, _, err = call_resnet(*cls.argv, cls.out)
-        assert status == 0, err
-        cls.metrics = cls.out / "linear_probe" / "metrics.json"
-        cls.row = json.loads(cls.metrics.read_text())
+        assert call_resnet(*cls.argv, cls.out)[0] == 0
+        cls.row = row_of(cls.out)
 
-    def altered(self, content):
+    def flip(self, content, at=None):
+        at = self.rng.randrange(len(content)) if at is None else at
+        return content[:at] + bytes([content[at] ^ 1 << self.rng.randrange(7)]) + content[at + 1 :]
+
+    def alter(self, content):
         """JSON, truncated, with a bit flipped, without a line, or with another value."""
-        at, lines = self.rng.randrange(len(content)), content.splitlines(True)
-        k, kind = self.rng.randrange(len(lines)), self.rng.randrange(4)
-        if kind == 0:
-            return content[:at]
-        if kind == 1:
-            return content[:at] + bytes([content[at] ^ 1 << self.rng.randrange(7)]) + content[at + 1 :]
-        if kind == 2:
-            return b"".join(lines[:k] + lines[k + 1 :])
+        lines, kind = content.splitlines(True), self.rng.randrange(4)
+        k = self.rng.randrange(len(lines))
+        if kind < 2:
+            return self.flip(content) if kind else content[: self.rng.randrange(len(content))]
         value = self.rng.choice((b"null", b"-1", b'"x"', b"[]", b"{}", b"1e999", b"NaN", b"true"))
-        lines[k] = re.sub(rb"(: ?)[^,\[{\n]+", lambda m: m[1] + value, lines[k])
+        lines[k] = b"" if kind == 2 else re.sub(rb"(: ?)[^,\[{\n]+", rb"\g<1>" + value, lines[k])
         return b"".join(lines)
 
-    def flipped(self, path, read, count):
-        """How many of `count` copies of a file with a bit flipped read() refuses; it raises InputError, or
-        gives what it gave before."""
-        content, refused, want = path.read_bytes(), 0, read(path)
-        copy = path.with_name(f"flipped-{path.name}")
-        for k in range(count):
-            at = self.rng.randrange(len(content)) if k % 2 else -1 - self.rng.randrange(9000)  # its directory
-            one = bytearray(content)
-            one[at] ^= 1 << self.rng.randrange(8)
-            copy.write_bytes(one)
-            try:
-                self.assertTrue(same(read(copy), want), f"bit of byte {at} of {len(content)}")
-            except r.InputError:
-                refused += 1
-        self.assertGreater(refused, count // 3)
-        return f"{refused} of {count} flipped bits refused, in the others the content is the same"
-
     def test_args_json(self):
-        path, ends = self.tmp / "args" / "args.json", []
-        shutil.copytree(self.out, path.parent)
-        (path.parent / "linear_probe" / "metrics.json").unlink()  # there is something left to do
-        whole = path.read_bytes()
+        """Refused, or the run goes on as it was."""
+        out, ends = self.tmp / "args", []
+        shutil.copytree(self.out, out)
+        (out / "linear_probe" / "metrics.json").unlink()  # there is something left to do
+        whole = (out / "args.json").read_bytes()
         for _ in range(60):
-            path.write_bytes(self.altered(whole))
+            (out / "args.json").write_bytes(self.alter(whole))
             with mock.patch.object(r, "train_all") as train:
-                status, _, err = call_resnet(*self.argv, path.parent)
+                status, _, err = call_resnet(*self.argv, out)
             self.assertEqual((status, err.count("\n")), (2, 1) if status else (0, 0), err)
             if status == 0:
-                got = train.call_args[0][0].settings
-                known = (got.limit, got.image_size, got.amp, got.dataset, got.seed, got.weights)
-                self.assertEqual(known, (100, 32, "off", "emnist", 0, "none"), path.read_text())
+                s = train.call_args[0][0].settings
+                known = (s.limit, s.image_size, s.amp, s.dataset, s.seed, s.weights)
+                self.assertEqual(known, (100, 32, "off", "emnist", 0, "none"))
             ends.append(status)
         self.say(f"{ends.count(2)} of 60 refused, the others continued as they were")
 
     def test_metrics_json(self):
         """A run that is continued does the test again; a comparison of several refuses or warns."""
-        path, again, refused, warned = self.tmp / "met" / "linear_probe" / "metrics.json", 0, 0, 0
-        shutil.copytree(self.out, self.tmp / "met")
-        whole, figures = self.metrics.read_bytes(), ("test_accuracy", "train_seconds", "label")
-        for k in range(60):
-            path.write_bytes(self.altered(whole))
-            with mock.patch.object(r, "run_regime", return_value=dict(self.row)) as work:
-                status, text, err = call_resnet(*self.argv, self.tmp / "met")
-            self.assertEqual((status, err), (0, ""), path.read_text())
-            self.assertEqual(text.count("is damaged"), work.call_count, path.read_text())
-            rows = json.loads((self.tmp / "met" / "comparison.json").read_text())["rows"]
-            self.assertEqual([rows[0][f] for f in figures[:2]], [self.row[f] for f in figures[:2]])
-            again += work.call_count
-            if k % 2:
-                status, text, err = call_resnet("--compare", self.tmp / "met", "--out", self.tmp / "to")
-                self.assertEqual((status, err.count("\n")), (2, 1) if status else (0, 0), err)
-                refused, warned = refused + (status == 2), warned + ("warning: " in text)
-                changed = json.loads(path.read_text()) != self.row if status == 0 else False
-                self.assertEqual("warning: " in text, changed and b"checksum" in path.read_bytes(), text)
-        self.say(f"{again} of 60 done again; --compare refused {refused} of 30, warned of {warned}")
-
-    def test_recomputed(self):
-        """A damaged metrics.json is made again from last.pt: the same numbers."""
-        shutil.copytree(self.out, self.tmp / "again")
-        path = self.tmp / "again" / "linear_probe" / "metrics.json"
-        path.write_bytes(path.read_bytes()[:700])
-        status, text, err = call_resnet(*self.argv, self.tmp / "again")
-        self.assertEqual((status, err, text.count("is damaged")), (0, "", 1))
-        self.assertTrue(same(results(self.tmp / "again"), results(self.out)))
-        self.say(next(line for line in text.splitlines() if "is damaged" in line)[-70:])
+        out, counts = self.tmp / "altered", [0, 0, 0]
+        shutil.copytree(self.out, out)
+        path = out / "linear_probe" / "metrics.json"
+        whole, figures = path.read_bytes(), ("test_accuracy", "train_seconds", "trainable_params")
+        for _ in range(40):
+            path.write_bytes(self.alter(whole))
+            with mock.patch.object(r, "run_regime", return_value=dict(self.row)) as again:
+                text = self.runs(*self.argv, out)
+            self.assertEqual(text.count("is damaged"), again.call_count, path.read_text())
+            row = json.loads((out / "comparison.json").read_text())["rows"][0]
+            self.assertEqual([row[k] for k in figures], [self.row[k] for k in figures])
+            status, text, err = call_resnet("--compare", out, "--out", self.tmp / "compared")
+            self.assertEqual((status, err.count("\n")), (2, 1) if status else (0, 0), err)
+            changed = status == 0 and json.loads(path.read_text()) != self.row
+            self.assertEqual("warning: " in text, changed and b'"checksum"' in path.read_bytes(), text)
+            counts = [a + b for a, b in zip(counts, (again.call_count, status == 2, changed))]
+        path.write_bytes(whole[:700])
+        text = self.runs(*self.argv, out)
+        self.assertEqual(text.count("is damaged"), 1)
+        self.assertTrue(same(results(out), results(self.out)))
+        self.say("{} of 40 done again; --compare refused {}, warned of {}; the same numbers".format(*counts))
 
     def test_last_pt(self):
         """Other keys, types and shapes, and flipped bits: not used, said in one line."""
-        unused, count = 0, 0
-        with slim():
-            t = self.trainer("linear_probe", "--epochs", 2)
-            quiet(t.train)
-            path = t.folder / "last.pt"
-            content, last = path.read_bytes(), r.read_tensors(path)
-
-            def resumes(damaged):
-                (t.folder / "last.pt.prev").unlink(missing_ok=True)
-                torch.save(damaged, path) if isinstance(damaged, dict) else path.write_bytes(damaged)
-                with contextlib.redirect_stdout(io.StringIO()) as out:
-                    back, resumed = r.resume(t.run, t.data, lambda: t.model, t.stages, t.folder)
-                    quiet(back.train)
-                self.assertEqual(out.getvalue().count("not used"), not resumed, out.getvalue())
-                return resumed
-
-            self.assertTrue(resumes(content))
-            changes = [(k, v) for k in last for v in (None, "x", [], {}, 99, KeyError)]
-            changes += [("weights", {"fc.bias": torch.zeros(62)}), ("losses", torch.zeros(77))]
-            for k, v in self.rng.sample(changes, 40):
-                other = {name: value for name, value in last.items() if name != k or v is not KeyError}
-                if v is not KeyError:
-                    other[k] = v
-                with self.subTest(f"{k} is {v!r}"):
-                    unused, count = unused + (not resumes(other)), count + 1
-            for _ in range(10):
-                at = self.rng.randrange(len(content))
-                flipped = content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
-                unused, count = unused + (not resumes(flipped)), count + 1
-        self.say(f"{unused} of {count} not used, the others trained on")
+        t, ends = self.trainer("linear_probe", "--epochs", 2), []
+        quiet(t.train)
+        path = t.folder / "last.pt"
+        content, last = path.read_bytes(), r.read_tensors(path)
+        cases = [{**last, k: v} for k in last for v in (None, "x", [], {}, 99)]
+        cases += [{name: v for name, v in last.items() if name != k} for k in last]
+        cases += [last | {"weights": {"fc.bias": torch.zeros(62)}}, last | {"losses": torch.zeros(77)}]
+        for case in [last, *self.rng.sample(cases, 40), *(self.flip(content) for _ in range(10))]:
+            (t.folder / "last.pt.prev").unlink(missing_ok=True)
+            torch.save(case, path) if isinstance(case, dict) else path.write_bytes(case)
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                trainer, resumed = r.resume(t.run, t.data, lambda: t.model, t.stages, t.folder)
+            self.assertEqual(out.getvalue().count("not used"), not resumed, out.getvalue())
+            quiet(trainer.train)
+            ends.append(resumed)
+        self.assertTrue(ends[0] and ends.count(False) > 25, ends)
+        self.say(f"{ends.count(False)} of {len(ends) - 1} not used, the others trained on")
 
     def test_features(self):
         """Of the files of features, a torn one is computed again, to the same bits."""
-        with slim():
-            t = self.trainer("linear_probe")
-            quiet(t.inputs.compute, t.timer)
-            want, path = t.inputs.kept["train"].clone(), t.run.out / "features" / "train-00000.pt"
-            whole = path.read_bytes()
-            for damaged in (whole[:5000], b"", whole[:3000] + b"x" + whole[3001:]):
-                path.write_bytes(damaged)
-                self.assertEqual(quiet(t.inputs.compute, t.timer).count("torn or damaged"), 1)
-                self.assertTrue(torch.equal(t.inputs.kept["train"], want))
-            torch.save({"rows": want[:5], "seconds": 1.0}, path)
-            quiet(t.inputs.compute, t.timer)
+        t = self.trainer("linear_probe")
+        quiet(t.inputs.compute, t.timer)
+        want, path = t.inputs.kept["train"].clone(), t.run.out / "features" / "train-00000.pt"
+        whole = path.read_bytes()
+        for damaged in (whole[:5000], b"", self.flip(whole, 3000)):
+            path.write_bytes(damaged)
+            self.assertEqual(quiet(t.inputs.compute, t.timer).count("torn or damaged"), 1)
             self.assertTrue(torch.equal(t.inputs.kept["train"], want))
+        torch.save({"rows": want[:5], "seconds": 1.0}, path)
+        quiet(t.inputs.compute, t.timer)
+        self.assertTrue(torch.equal(t.inputs.kept["train"], want))
         self.say("cut, empty, a byte changed, other rows: the same features")
 
-    def test_weights_file(self):
-        with slim():
-            path = self.tmp / "weights.pth"
-            self.say(self.flipped(path, lambda p: dict(r.load_weights(str(p))[0]), 60))
+    def flipped(self, path, read):
+        """Of copies of a file with a bit flipped, read() refuses most and gives the same of the others."""
+        whole, want, refused = path.read_bytes(), read(path), 0
+        for k in range(60):
+            at = self.rng.randrange(len(whole)) if k % 2 else -1 - self.rng.randrange(9000)  # its directory
+            (self.tmp / "flipped.pt").write_bytes(self.flip(whole, at))
+            try:
+                self.assertTrue(same(read(self.tmp / "flipped.pt"), want), f"a bit of byte {at}")
+            except r.InputError:
+                refused += 1
+        self.assertGreater(refused, 40)
+        self.say(f"{refused} of 60 flipped bits refused, of the others the content is the same")
+
+    def test_weights(self):
+        """Of --weights, and of an old .pth that is no archive; what is wrong in one is named."""
+        path, state = self.tmp / "weights.pt", slim_resnet().state_dict()
+
+        def read(path):
+            return dict(r.load_weights(str(path))[0])
+
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+        self.assertTrue(same(read(path), dict(state)))
+        torch.save(state, path)
+        self.flipped(path, read)
+        model = r.build_model(62, *r.load_weights(str(path))[:1], 0)
+        self.assertTrue(torch.equal(model.layer3[0].conv2.weight, state["layer3.0.conv2.weight"]))
+        other = {k: v for k, v in state.items() if k != "layer1.0.conv1.weight"}
+        cases = (
+            (other | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, r"ResNet-18 \(2 keys\): conv1.weight is"),
+            (state | {"bn1.weight": torch.full((64,), math.nan)}, "bn1.weight is not finite"),
+            ([1, 2], "expected a state dict"),
+        )
+        for content, text in cases:
+            torch.save(content, path)
+            self.assertRaisesRegex(r.InputError, text, r.load_weights, str(path))
+
+    def test_cached_weights(self):
+        """A damaged file in torch's cache is named, with what to do."""
+        path = self.tmp / "torch/hub/checkpoints/resnet18-f37072fd.pth"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"PK" + bytes(9000))
+        with mock.patch.dict(os.environ, TORCH_HOME=str(self.tmp / "torch")):
+            argv = small_flags(self.data, "--weights", "imagenet", "--out", self.tmp / "cached")
+            text = self.refused("delete it, and it is downloaded again", *argv)
+        self.assertIn(str(path), text)
+        self.say(text[-90:])
 
     def test_best_pt(self):
         def read(path):
@@ -2506,53 +2449,16 @@ class ResnetDamage(ResnetCase):
             return [dict(model.state_dict()), *rest]
 
         best = self.out / "linear_probe" / "best.pt"
-        with slim():
-            self.say(self.flipped(best, read, 60))
-        state = r.read_tensors(best)
-        state["model"]["fc.bias"][3] = math.nan
-        torch.save(state, self.tmp / "nan.pt")
-        (self.tmp / "cut.pt").write_bytes(best.read_bytes()[:9000])
+        self.flipped(best, read)
+        nan = r.read_tensors(best)
+        nan["model"]["fc.bias"][3] = math.nan
+        torch.save(nan, self.tmp / "nan.pt")
         torch.save([1, 2], self.tmp / "list.pt")
-        flags = ("--data-dir", self.data, "--device", "cpu")
-        for name in ("nan", "cut", "list", "missing"):
-            path = self.tmp / f"{name}.pt"
+        for name in ("nan", "list", "missing"):
+            path, flags = self.tmp / f"{name}.pt", ("--data-dir", self.data, "--out", self.tmp / "unused")
             text = "a weight is not finite" if name == "nan" else f"{path} is not a best.pt of this script"
             self.refused(text, "--predict", "a.png", "--checkpoint", path)
-            self.refused(text, "--evaluate", path, *flags, "--out", self.tmp / "unused")
-
-    def test_cached_imagenet(self):
-        """A damaged file in torch's cache is named as such, with what to do."""
-        with mock.patch.dict(os.environ, TORCH_HOME=str(self.tmp / "torch")):
-            path = self.tmp / "torch/hub/checkpoints/resnet18-f37072fd.pth"
-            path.parent.mkdir(parents=True)
-            path.write_bytes((self.tmp / "weights.pth").read_bytes()[:9000])
-            argv = small_flags(self.data, "--weights", "imagenet", "--out", self.tmp / "cached")
-            text = self.refused("delete it, and it is downloaded again", *argv)
-            self.assertIn(str(path), text)
-        self.say(text[-90:])
-
-
-@contextlib.contextmanager
-def served(content):
-    """The address of a server on this machine that answers every request with the content."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-
-        def do_GET(self):
-            self.do_HEAD()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/gzip.zip"
-        server.shutdown()
+            self.refused(text, "--evaluate", path, *flags)
 
 
 class ResnetDisk(ResnetCase):
@@ -2560,86 +2466,78 @@ class ResnetDisk(ResnetCase):
 
     def test_no_network(self):
         """One clear message from `emnist`, the announced fallback from `auto`, nothing half-written."""
-        flags = ["--data-dir", self.tmp / "empty", "--image-size", 32, "--device", "cpu"]
+        flags, down = (
+            ["--data-dir", self.tmp / "empty", "--image-size", 32, "--device", "cpu"],
+            OSError("down"),
+        )
         with (
             mock.patch.object(torchvision.datasets.EMNIST, "url", "http://127.0.0.1:9/gzip.zip"),
-            mock.patch("torchvision.models._api.load_state_dict_from_url", side_effect=OSError("no network")),
+            mock.patch("torchvision.models._api.load_state_dict_from_url", side_effect=down),
             mock.patch.dict(os.environ, TORCH_HOME=str(self.tmp / "torch")),
         ):
             line = self.refused("Offline: ", *flags, "--dataset", "emnist", "--out", self.tmp / "none")
             self.assertFalse((self.tmp / "none").exists())
-            status, text, err = call_resnet(*flags, "--dry-run", "--out", self.tmp / "fallen")
-        self.assertEqual((status, err), (0, ""))
+            text = self.runs(*flags, "--dry-run", "--out", self.tmp / "fallen")
         self.assertIn("FALLING BACK to scikit-learn's digits", text)
         self.assertIn("GOING ON with random weights", text)
-        row = json.loads((self.tmp / "fallen" / "linear_probe" / "metrics.json").read_text())
+        row = row_of(self.tmp / "fallen")
         self.assertEqual((row["dataset"], row["weights"]), ("digits", "random"))
         self.say(line[:100])
 
     def test_corrupted_download(self):
         """A wrong archive fails torchvision's checksum, is reported and leaves no data behind."""
-        with served(b"no archive") as url, mock.patch.object(torchvision.datasets.EMNIST, "url", url):
-            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-                with self.assertRaisesRegex(r.DownloadError, "corrupted") as caught:
-                    r.load_emnist(self.tmp / "corrupted")
-        self.assertFalse(list((self.tmp / "corrupted").glob("EMNIST/raw/*")))
+        (self.tmp / "gzip.zip").write_bytes(b"no archive")
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=self.tmp)
+        with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            url = f"http://127.0.0.1:{server.server_port}/gzip.zip"
+            with mock.patch.object(torchvision.datasets.EMNIST, "url", url):
+                with self.assertRaisesRegex(r.DownloadError, "File not found or corrupted") as caught:
+                    with contextlib.redirect_stderr(io.StringIO()):
+                        quiet(r.load_emnist, self.tmp / "new")
+            server.shutdown()
+        self.assertFalse(list((self.tmp / "new").glob("EMNIST/raw/*")))
         self.say(str(caught.exception)[:110])
 
     def test_folder_or_network(self):
         """A full, read-only or forbidden disk is the folder's error; all else the network's."""
         codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
         network = [urllib.error.URLError(OSError(errno.EACCES, "firewall")), TimeoutError("timed out")]
-        network += [
-            ConnectionResetError(errno.ECONNRESET, "reset"),
-            RuntimeError("File not found or corrupted."),
-        ]
+        network += [ConnectionResetError(errno.ECONNRESET, "reset"), RuntimeError("corrupted")]
         for fault in [*(OSError(code, os.strerror(code)) for code in codes), *network]:
             with (
                 mock.patch.object(torchvision.datasets, "EMNIST", side_effect=fault),
                 mock.patch("torchvision.models._api.load_state_dict_from_url", side_effect=fault),
                 mock.patch.dict(os.environ, TORCH_HOME=str(self.tmp / "home")),
-                contextlib.redirect_stdout(io.StringIO()) as out,
             ):
                 for load in (lambda: r.load_emnist(self.tmp / "none"), lambda: r.load_weights("imagenet")):
                     with self.assertRaises(r.InputError) as caught:
-                        load()
+                        quiet(load)
                     self.assertEqual(type(caught.exception) is r.DownloadError, fault in network, fault)
                 if fault in network:
-                    self.assertEqual(r.load_data("auto", self.tmp / "none").name, "digits")
+                    self.assertIn("FALLING BACK", quiet(r.load_data, "auto", self.tmp / "none"))
                 else:
-                    self.assertRaises(r.InputError, r.load_data, "auto", self.tmp / "none")
-            self.assertEqual("FALLING BACK" in out.getvalue(), fault in network)
+                    self.assertRaises(r.InputError, quiet, r.load_data, "auto", self.tmp / "none")
         self.say(f"{len(codes)} of the folder, {len(network)} of the network")
-
-    def full(self, after=0):
-        """Within: fsync fails for want of space, from the call `after` on."""
-        plain, calls = os.fsync, itertools.count()
-
-        def fsync(descriptor):
-            if next(calls) >= after:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            plain(descriptor)
-
-        return mock.patch.object(os, "fsync", fsync)
 
     def test_full_while_saving(self):
         """No temporary file is left, and what was there before stands, which is said only then."""
-        folder = Path(tempfile.mkdtemp(dir=self.tmp))
-        for before, keep in ((False, False), (False, True), (True, False), (True, True)):
-            path = folder / f"{before}{keep}"
-            if before:
-                path.write_bytes(b"old")
-            with self.full(), self.assertRaisesRegex(r.RunFailed, "No space left on device") as caught:
-                r.write_bytes(path, b"new", keep)
+        folder, fault = Path(tempfile.mkdtemp(dir=self.tmp)), OSError(errno.ENOSPC, "No space left on device")
+        for before, keep in itertools.product((False, True), repeat=2):
+            path = folder / "file"
+            path.write_bytes(b"old") if before else None
+            with mock.patch.object(os, "fsync", side_effect=fault):
+                with self.assertRaisesRegex(r.RunFailed, "No space left on device") as caught:
+                    r.write_bytes(path, b"new", keep)
             self.assertEqual("the one before it stands" in str(caught.exception), before)
             self.assertEqual([p.read_bytes() for p in folder.iterdir()], [b"old"] * before)
             path.unlink(missing_ok=True)
         argv = small_flags(self.data, "--regimes", "linear_probe", "--epochs", 3, "--limit", 100, "--out")
-        with self.full(8):
+        with mock.patch.object(os, "fsync", side_effect=[None] * 8 + [fault] * 9):
             text = self.refused("No space left on device", *argv, self.tmp / "full", status=1)
         self.assertFalse(list((self.tmp / "full").rglob("*.tmp")))
         for out in ("full", "whole"):
-            self.assertEqual(call_resnet(*argv, self.tmp / out)[0], 0)
+            self.runs(*argv, self.tmp / out)
         self.assertTrue(same(results(self.tmp / "full"), results(self.tmp / "whole")))
         self.say(text[-90:] + "; then continued, identical")
 
@@ -2648,8 +2546,7 @@ class ResnetPredict(ResnetCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        with slim():
-            state = {"model": r.build_model(62, None, 0).state_dict(), "classes": r.CLASSES, "image_size": 32}
+        state = {"model": r.build_model(62, None, 0).state_dict(), "classes": r.CLASSES, "image_size": 32}
         torch.save(state, cls.tmp / "best.pt")
 
     def read(self, *paths):
@@ -2686,14 +2583,13 @@ class ResnetPredict(ResnetCase):
         files["a.pdf"].write_bytes(b"%PDF-1.7 nothing")
         noise = np.random.default_rng(0).integers(0, 255, (300, 300), dtype=np.uint8)
         Image.fromarray(noise).save(files["chunk.png"])  # damaged behind its first block of pixels
-        held = files["chunk.png"].read_bytes()
-        second = held.index(b"IDAT", held.index(b"IDAT") + 4)
-        files["chunk.png"].write_bytes(held[:second] + b"\0\1\2\3" + held[second + 4 :])
-        good, pair = self.tmp / "good.png", Image.new("L", (400, 200), 245)
+        head, first, rest = files["chunk.png"].read_bytes().split(b"IDAT", 2)
+        files["chunk.png"].write_bytes(head + b"IDAT" + first + b"\0\1\2\3" + rest)
+        pair = Image.new("L", (400, 200), 245)
         for x in (100, 300):
             ImageDraw.Draw(pair).line((x, 30, x, 170), fill=10, width=20)
-        pair.save(good)
-        status, text, err = self.read(*files.values(), good)
+        pair.save(self.tmp / "pair.png")
+        status, text, err = self.read(*files.values(), self.tmp / "pair.png")
         self.assertEqual((status, err.count("\n"), text.count("\n")), (2, len(files), 1), err)
         for line, (name, path) in zip(err.splitlines(), files.items()):
             self.assertIn(f"error: {path} ", line)
@@ -2739,8 +2635,7 @@ class ResnetBadInput(ResnetCase):
         (self.tmp / "small").mkdir()
         self.refused("images for a process and step are too few", *argv, "--batch-size", 1)
         self.assertFalse((self.tmp / "small" / "args.json").exists())
-        status, _, err = call_resnet(*argv, "--batch-size", 16)
-        self.assertEqual((status, err), (0, ""))
+        self.runs(*argv, "--batch-size", 16)
         self.say("--batch-size 1 refused, then 16 accepted in the same folder")
 
     def test_continue_line(self):
@@ -2771,9 +2666,7 @@ class ResnetBadInput(ResnetCase):
         self.assertFalse((self.tmp / "unused").exists())
 
     def test_data_files(self):
-        def raw(root, kind):
-            return root / "EMNIST" / "raw" / f"emnist-byclass-train-{kind}-ubyte"
-
+        """Damaged files of EMNIST are named, with what to do."""
         cases = (
             ("images-idx3", lambda path: path.write_bytes(path.read_bytes()[:-5])),
             ("images-idx3", lambda path: path.write_bytes(b"\0\0")),
@@ -2782,12 +2675,12 @@ class ResnetBadInput(ResnetCase):
             ("images-idx3", lambda path: write_idx(path, np.zeros((300, 8, 8)))),
         )
         for k, (kind, spoil) in enumerate(cases):
-            root = self.tmp / f"data{k}"
-            write_emnist(root)
-            spoil(raw(root, kind))
-            text = self.refused("delete it and start again", *small_flags(root, "--out", self.tmp / "spoilt"))
-            self.assertIn("emnist-byclass-train-", text)
-        self.say(f"{len(cases)} clear lines, such as {text[-90:]}")
+            write_emnist(self.tmp / f"{k}")
+            raw = self.tmp / f"{k}" / "EMNIST" / "raw"
+            spoil(raw / f"emnist-byclass-train-{kind}-ubyte")
+            argv = small_flags(self.tmp / f"{k}", "--out", self.tmp / "spoilt")
+            self.assertIn(f"{raw}/emnist-byclass-train-", self.refused("delete it and start again", *argv))
+        self.say(f"{len(cases)} clear lines")
 
     def test_out_of_memory(self):
         for fault in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 9")):
@@ -2797,26 +2690,18 @@ class ResnetBadInput(ResnetCase):
         self.say(text)
 
 
-def broken_pipe():
+def with_stream(kind):
+    """What a run's process is given: a stdout that nobody reads, none, one of ASCII, a full one; no locks."""
     reader, writer = os.pipe()
     os.close(reader)
-    sys.stdout = os.fdopen(writer, "w")
-
-
-def closed_streams():
-    sys.stdout = sys.stderr = None
-
-
-def ascii_stream():
-    sys.stdout = open(os.devnull, "w", encoding="ascii")
-
-
-def full_stream():
-    sys.stdout = open("/dev/full", "w")
-
-
-def no_locks():
-    r.fcntl = r.resource = None
+    if kind == "no locks":
+        r.fcntl = r.resource = None
+    elif kind == "closed":
+        sys.stdout = sys.stderr = None
+    elif kind == "unread":
+        sys.stdout = os.fdopen(writer, "w")
+    else:
+        sys.stdout = open("/dev/full", "w") if kind == "full" else open(os.devnull, "w", encoding="ascii")
 
 
 class ResnetStreams(ResnetCase):
@@ -2824,29 +2709,26 @@ class ResnetStreams(ResnetCase):
 
     def test_streams(self):
         argv = small_flags(self.data, "--dry-run", "--regimes", "linear_probe", "--out")
-        patches = {broken_pipe: 141, closed_streams: 0, ascii_stream: 0, full_stream: 1, no_locks: 0}
-        for patch, status in patches.items():
-            log = self.tmp / f"{patch.__name__}.log"
-            out = self.tmp / f"é {patch.__name__}"
-            self.assertEqual(finish(start([*argv, out], log, patch)), [status], log.read_text())
+        kinds = {"unread": 141, "closed": 0, "ascii": 0, "full": 1, "no locks": 0}
+        for kind, status in kinds.items():
+            log, out = self.tmp / f"{kind}.log", self.tmp / f"é {kind}"
+            ranks = start([*argv, out], log, functools.partial(with_stream, kind))
+            self.assertEqual(finish(ranks), [status], log.read_text())
             self.assertNotIn("Traceback", log.read_text())
         self.assertIn("warning: no locks on this system", log.read_text())
-        self.assertIn("No space left", (self.tmp / "full_stream.log").read_text())
-        self.say(", ".join(f"{patch.__name__} {status}" for patch, status in patches.items()))
+        self.assertIn("No space left", (self.tmp / "full.log").read_text())
+        self.say(", ".join(f"{kind} {status}" for kind, status in kinds.items()))
 
     def test_script(self):
         """As a process, into a pipe that nobody reads: 141. SIGINT in its imports: ended by it, silently."""
-        script, out = Path(r.__file__).resolve(), self.tmp / "finished"
-        argv = small_flags(self.data, "--dry-run", "--regimes", "linear_probe", "--out", out)
-        self.assertEqual(call_resnet(*argv)[0], 0)
-        run = shlex.join([sys.executable, "-B", str(script), *argv])
-        done = subprocess.run(
-            ["bash", "-c", f"{run} | true; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True
-        )
+        script, argv = str(Path(r.__file__).resolve()), small_flags(self.data, "--dry-run", "--regimes")
+        argv += ["linear_probe", "--out", str(self.tmp / "finished")]
+        self.runs(*argv)
+        command = shlex.join([sys.executable, "-B", script, *argv]) + " | true; echo ${PIPESTATUS[0]}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
         self.assertEqual((done.stdout, done.stderr), ("141\n", ""))
         process = subprocess.Popen(
             [sys.executable, "-B", "-X", "importtime", script],
-            cwd=self.tmp,
             stderr=subprocess.PIPE,
             text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background
@@ -2999,26 +2881,22 @@ class Documents(Case):
 
 
 def soak(n):
-    """n kills and signals at random moments, over as many runs as that takes, every fourth run with two
-    processes, each run compared with an undisturbed one."""
-    rng, clock, counts, runs = random.Random(int(time.time())), time.perf_counter(), {}, 0
+    """n kills and signals at random moments, over as many runs as that takes, every fourth one with two
+    processes; each finished run is compared with an undisturbed one."""
+    rng, clock, counts, runs = random.Random(int(time.time())), time.perf_counter(), collections.Counter(), 0
     with tempfile.TemporaryDirectory() as name:
-        tmp, whole, seconds = Path(name), {}, {}
+        tmp, wholes = Path(name), {}
         write_emnist(tmp / "data")
-        argv = small_flags(tmp / "data", *ResnetStops.FLAGS)
+        argv, log = small_flags(tmp / "data", *ResnetStops.FLAGS), tmp / "log"
         for world in (1, 2):
-            seconds[world] = run_through([*argv, tmp / f"whole{world}"], tmp / "log", world=world)
-            whole[world] = results(tmp / f"whole{world}")
+            seconds = run_through([*argv, tmp / "whole"], log, world=world)
+            wholes[world] = seconds, results(tmp / "whole")
+            shutil.rmtree(tmp / "whole")
         while sum(counts.values()) < n:
             runs += 1
-            world, out, end = 2 if runs % 4 == 0 else 1, tmp / f"run{runs}", ""
-            while end != "done":
-                kind = rng.choice(KINDS)
-                end = disturb([*argv, out], tmp / "log", rng, kind, seconds[world], world)
-                counts[kind] = counts.get(kind, 0) + (end != "done")
-            assert same(results(out), whole[world]), f"run {runs}, {world} processes: other bits"
-            shutil.rmtree(out)
-            told = ", ".join(f"{kind} {counts[kind]}" for kind in sorted(counts))
+            world = 2 if runs % 4 == 0 else 1
+            counts += storm(1, argv, tmp / "run", log, rng, *wholes[world], world)
+            told = ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()))
             took = f"{time.perf_counter() - clock:.0f}s"
             print(f"soak: {sum(counts.values())}/{n} ({told}), {runs} runs, identical, {took}", flush=True)
 
