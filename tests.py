@@ -11,6 +11,7 @@ The oracle of a gradient is torch's autograd in float64 on the CPU, with random 
 """
 
 import ast
+import collections
 import contextlib
 import csv
 import errno
