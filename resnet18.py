@@ -1,8 +1,8 @@
-"""ResNet-18 fine-tuned on EMNIST ByClass (62 classes): frozen layers run once, and a killed run continues.
+"""ResNet-18 fine-tuned on EMNIST ByClass (62 classes): frozen layers run once, killed runs resume.
 
     python resnet18.py                                  # linear probe and partial unfreezing, compared
     python resnet18.py --regimes full gradual           # any of linear_probe, partial_unfreeze, full, gradual
-    python resnet18.py --out DIR                        # the same command continues where it was killed
+    python resnet18.py --out DIR                        # the same command resumes where it was killed
     torchrun --nproc-per-node=4 resnet18.py --out DIR   # several GPUs or processes, the same steps
     python resnet18.py --compare DIR DIR                # one comparison of several runs
     python resnet18.py --evaluate DIR/partial_unfreeze/best.pt --out DIR2
@@ -16,7 +16,7 @@ An image on its way (N images of a batch, S --image-size, K classes):
       Inputs        the same, kept on disk or in memory        where it never changes, it is computed once
       head          logits float32 [N, K]                      the layers that train, average pooling, fc
 
-Training, validation, test and prediction call head(inputs). From "plumbing" on, all is safe to skip.
+Training, validation, test and prediction call head(inputs). Everything from "plumbing" on can be skipped.
 """
 
 import signal
@@ -41,6 +41,7 @@ import platform
 import shlex
 import shutil
 import socket
+import ssl
 import string
 import subprocess
 import threading
@@ -76,8 +77,8 @@ PARTS = {  # what trains: number of frozen blocks, prefixes of the trained param
     "all": (0, ("",), 11_176_512),
 }
 EVAL_BATCH = 256  # fixed, so that whatever is computed twice comes out the same to the bit
-CHUNK = 2048  # images in a file of features: what a kill costs while they are computed
-TRAINING = ("features", "cache", "steps")  # what train_seconds adds up
+CHUNK = 2048  # images in a file of features: at most so many are computed again after a kill
+TRAINING = ("features", "cache", "steps")  # the phases counted in train_seconds
 MIN_DELTA = 0.0005  # validation accuracy (0..1) that counts as progress for early stopping
 
 
@@ -94,8 +95,8 @@ class Stage:
     weight_decay: float = 0.01
 
 
-# AdamW for all; what else was tried on validation is in report/LOG.md. The course's recipe: the probe's as it
-# is; --regimes partial_unfreeze --lr 0.0005 --epochs 20.
+# All use AdamW; what else was tried on validation is in report/LOG.md. The course's recipe is the probe's as
+# it is, and --regimes partial_unfreeze --lr 0.0005 --epochs 20.
 PROBE = Stage("fc", lr=1e-2, epochs=15, warmup_epochs=0.5, batch_size=256, patience=5)
 PARTIAL = Stage("layer4", lr=1e-3, epochs=8, warmup_epochs=1, batch_size=128, patience=3)
 FULL = Stage("all", lr=1e-3, epochs=8, warmup_epochs=1, batch_size=128, patience=3)
@@ -112,7 +113,7 @@ class InputError(ValueError):
 
 
 class DownloadError(InputError):
-    """The network or the server did not give what was asked for."""
+    """The network or the server failed to deliver a file."""
 
 
 class RunFailed(RuntimeError):
@@ -124,7 +125,7 @@ class Diverged(RunFailed):
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT was obeyed, everything is saved: exit status 75."""
+    """SIGTERM or SIGINT was obeyed, progress is saved: exit status 75."""
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -159,20 +160,17 @@ def emnist_files(root):
 def download_emnist(root):
     """torchvision's archive, its checksum compared, unpacked beside and moved into place when it is whole."""
     beside, raw = Path(root) / ".download", Path(root) / "EMNIST" / "raw"
-    url = torchvision.datasets.EMNIST.url
     offline = f"put the four files emnist-byclass-*-ubyte into {raw}, or use --dataset digits"
-    with download("EMNIST (536 MB)", url, f"--data-dir {root}", offline):
-        beside.mkdir(parents=True, exist_ok=True)
-        with folder_lock(Path(root), wait=True):
-            if all(path.exists() for path in emnist_files(root)):
-                return  # another run was faster
-            for path in emnist_files(beside):
-                path.unlink(missing_ok=True)  # may be half unpacked
-            torchvision.datasets.EMNIST(beside, split="byclass", download=True)
-            raw.mkdir(parents=True, exist_ok=True)
-            for source, target in zip(emnist_files(beside), emnist_files(root)):
-                os.replace(source, target)
-            shutil.rmtree(beside, ignore_errors=True)
+    with download("EMNIST (536 MB)", torchvision.datasets.EMNIST.url, Path(root), "--data-dir", offline):
+        if all(path.exists() for path in emnist_files(root)):
+            return  # another process was faster
+        for path in emnist_files(beside):
+            path.unlink(missing_ok=True)  # may be half unpacked
+        torchvision.datasets.EMNIST(beside, split="byclass", download=True)
+        raw.mkdir(parents=True, exist_ok=True)
+        for source, target in zip(emnist_files(beside), emnist_files(root)):
+            os.replace(source, target)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def load_emnist(root):
@@ -206,9 +204,13 @@ def load_digits():
     images = F.interpolate(images, size=(28, 28), mode="bilinear")[:, 0].round().byte()
     labels = torch.tensor(digits.target, dtype=torch.int64)
     order = torch.randperm(len(labels), generator=rng("digits"))
-    rows = {"train": order[360:], "test": order[:360]}
-    sets = [{name: tensor[i] for name, i in rows.items()} for tensor in (images, labels)]
-    return Data("digits", CLASSES[:10], *sets)
+    train, test = order[360:], order[:360]
+    return Data(
+        "digits",
+        CLASSES[:10],
+        {"train": images[train], "test": images[test]},
+        {"train": labels[train], "test": labels[test]},
+    )
 
 
 def load_data(dataset, folder):
@@ -257,8 +259,10 @@ def draw_affine(n, generator):
 
 def warp(images, theta, size):
     """One affine resampling from 28 pixels to the final size; with the identity it is resize()."""
-    grid = F.affine_grid(theta, (len(images), 1, size, size), align_corners=False)
-    return F.grid_sample(images[:, None].float(), grid, "bilinear", "border", align_corners=False)
+    where = "cpu" if images.device.type == "mps" else images.device  # mps knows no "border" padding
+    grid = F.affine_grid(theta.to(where), (len(images), 1, size, size), align_corners=False)
+    grey = images[:, None].to(where).float()
+    return F.grid_sample(grey, grid, "bilinear", "border", align_corners=False).to(images.device)
 
 
 def prepare(images, size, theta=None):
@@ -266,6 +270,7 @@ def prepare(images, size, theta=None):
     grey = resize(images, size) if theta is None else warp(images, theta, size)  # N, 1, S, S
     shift, scale = normalisation(grey.device)
     x = torch.empty(len(images), size, size, 3, device=grey.device)
+    # (grey / 255 - MEAN) / STD in each channel, written straight into channels_last memory
     torch.addcmul(shift, grey[:, 0, :, :, None], scale, out=x)
     return x.permute(0, 3, 1, 2)  # N, 3, S, S
 
@@ -281,31 +286,27 @@ def normalisation(device):
 
 
 def load_weights(spec):
-    """State dict of the backbone (None: random) and its honest name; InputError where it can't be read."""
+    """State dict of the backbone (None: random) and the name to report; InputError if it can't be read."""
     if spec == "none":
         return None, "random"
-    source, path, name = torchvision.models.ResNet18_Weights.IMAGENET1K_V1, Path(spec), Path(spec).name
-    hint = "expected a state dict"
+    path, name, hint = Path(spec), Path(spec).name, "expected a state dict of ResNet-18"
     if spec == "imagenet":
+        source = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
         path = Path(torch.hub.get_dir(), "checkpoints", Path(source.url).name)
         name, hint = "ImageNet (IMAGENET1K_V1)", "delete it, and it is downloaded again"
         if not path.exists():
             offline = "fetch the file elsewhere and give --weights FILE, or --weights none for random ones"
-            with download("ImageNet weights (45 MB)", source.url, path, offline):
+            with download("ImageNet weights (45 MB)", source.url, path.parent, "TORCH_HOME", offline):
                 source.get_state_dict(progress=False, check_hash=True)
     try:
-        state = read_tensors(path)
-        shapes = {k: tuple(v.shape) for k, v in state.items()}
-        broken = [f"{k} is not finite" for k, v in state.items() if not torch.isfinite(v).all()]
+        state = {k: v for k, v in read_tensors(path).items() if not k.startswith("fc.")}
+        missing, wrong = torchvision.models.resnet18().load_state_dict(state, strict=False)
+        wrong += [k for k in missing if not k.startswith("fc.") and not k.endswith("num_batches_tracked")]
+        wrong += [k for k, v in state.items() if not torch.isfinite(v).all()]
+        if wrong:
+            raise ValueError(f"missing, unknown or not finite: {', '.join(wrong[:3])}")
     except Exception as e:  # whatever torch.load raises for a file that is something else
-        raise InputError(f"--weights: {path} can't be read ({one_line(e)}): {hint}") from e
-    with torch.device("meta"):
-        wanted = {k: tuple(v.shape) for k, v in torchvision.models.resnet18().state_dict().items()}
-    keys = [k for k in wanted | shapes if not k.startswith("fc.") and not k.endswith("num_batches_tracked")]
-    wrong = [f"{k} is {shapes.get(k, 'missing')}" for k in keys if shapes.get(k) != wanted.get(k)] + broken
-    if wrong:
-        named = "; ".join(wrong[:3])
-        raise InputError(f"--weights: {path} differs from ResNet-18 ({len(wrong)} keys): {named}: {hint}")
+        raise InputError(f"--weights: {path} can't be used ({one_line(e, 300)}): {hint}") from e
     return state, name
 
 
@@ -315,11 +316,16 @@ def build_model(classes, weights, seed):
         torch.manual_seed(seed)
         model = torchvision.models.resnet18()
     if weights is not None:
-        model.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")}, strict=False)
+        model.load_state_dict(weights, strict=False)  # all but fc
     model.fc = nn.Linear(512, classes)
     for p in (model.fc.weight, model.fc.bias):
         nn.init.uniform_(p, -(512**-0.5), 512**-0.5, generator=rng(seed, "fc", p.dim()))
-    return model.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs as on GPUs
+    return model.to(memory_format=torch.channels_last)
+
+
+def layout(device):
+    """channels_last makes convolutions faster on CPUs and GPUs; mps has wrong BatchNorm gradients in it."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 class Section(nn.Module):
@@ -331,6 +337,7 @@ class Section(nn.Module):
 
     def forward(self, x):
         if len(self.blocks):
+            x = x.contiguous(memory_format=layout(x.device))  # as it is already, but on mps
             kind = torch.float16 if self.amp == "fp16" else torch.bfloat16
             with torch.autocast(x.device.type, kind, enabled=self.amp != "off"):
                 x = self.blocks(x)
@@ -340,7 +347,8 @@ class Section(nn.Module):
 
 
 def split_at(model, trains, amp):
-    """(frozen, head): frozen layers have no gradient and keep their statistics; head is what trains."""
+    """(frozen, head), made of the model's own blocks; the frozen ones lose their gradient, and their
+    BatchNorm is in evaluation mode from now on."""
     cut, _, count = PARTS[trains]
     stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
     blocks = [stem, model.layer1, model.layer2, model.layer3, model.layer4]
@@ -358,7 +366,7 @@ def load_model(path):
     """A run's best.pt -> (model in evaluation mode, on the CPU; classes, a string; image size in pixels).
 
     logits = model(prepare(images, size)) for images uint8 [N, 28, 28], upright, light on dark. Raises
-    InputError if the file is damaged or something else.
+    InputError if the file is damaged or not a best.pt.
     """
     try:
         best = read_tensors(path)
@@ -374,64 +382,75 @@ def load_model(path):
 # ---------------------------------------------------------------------------------------------- frozen layers
 
 
-def in_batches(run, forward, width, total, what, poll, start=0, stop=None):
-    """forward(indices) of the images start to stop, in batches, shared among the processes: [n, width]."""
-    stop, began = total if stop is None else stop, time.monotonic()
-    rows = torch.zeros(stop - start, width, device=run.device)
+def in_batches(run, forward, shape, what, poll, start=0, total=None, dtype=torch.float32):
+    """forward(indices) for shape[0] images from `start` on, in batches, shared among the processes."""
+    rows, began, stop = torch.zeros(shape, dtype=dtype, device=run.device), time.monotonic(), start + shape[0]
     for first in range(start, stop, EVAL_BATCH * run.world):
         mine = min(first + run.rank * EVAL_BATCH, stop)
         index = torch.arange(mine, min(mine + EVAL_BATCH, stop), device=run.device)
         if len(index):
             rows[index - start] = forward(index)
         poll()
-        run.pulse(pace, what, min(first + EVAL_BATCH * run.world, stop), total, began, start)
+        run.pulse(pace, what, min(first + EVAL_BATCH * run.world, stop), total or stop, began, start)
     if run.world > 1:
-        dist.all_reduce(rows)  # every row is zero but on one process: an exact sum
+        dist.all_reduce(rows)  # every row is still zero on all processes but one: an exact sum
     return rows
 
 
-def kept_on_disk(run, folder, images, width, forward, what):
-    """forward(images) in files of CHUNK images, of which a kill costs one: (rows [n, width], their cost)."""
-    rows = torch.empty(len(images), width, device=run.device)  # once: the official split's take 1.4 GB
-    cost = {"seconds": 0.0, "cpu_seconds": 0.0}
-    label = what if folder.name == what else f"{folder.name}, {what}"
-
-    def forward_rows(index):
-        return forward(images[index])
-
+def features(run, name, images, forward):
+    """forward(indices) [n, 512], kept in files of CHUNK images, so that a kill loses one; and their cost."""
+    rows = torch.empty(len(images), 512, device=run.device)  # once: the official split's take 1.4 GB
+    folder, seconds, cpu_seconds = run.out / "features", 0.0, 0.0
     if run.main:
         folder.mkdir(exist_ok=True)
     for start in range(0, len(images), CHUNK):
-        path, stop = folder / f"{what}-{start // CHUNK:05d}.pt", min(start + CHUNK, len(images))
+        path, stop = folder / f"{name}-{start // CHUNK:05d}.pt", min(start + CHUNK, len(images))
         chunk = run.share(try_read(path, ["rows", "seconds"]) if run.main and path.exists() else None)
         if chunk is None or chunk["rows"].shape != rows[start:stop].shape:
             wall, cpu = time.perf_counter(), time.process_time()
-            part = in_batches(run, forward_rows, width, len(images), label, run.poll, start, stop)
+            shape, what = (stop - start, 512), f"features, {name}"
+            part = in_batches(run, forward, shape, what, run.poll, start, len(images))
             chunk = {"rows": part.cpu(), "seconds": time.perf_counter() - wall}
             chunk["cpu_seconds"] = time.process_time() - cpu
             if run.main:
                 save_tensors(path, chunk)
         rows[start:stop] = chunk["rows"]
-        for k in cost:
-            cost[k] += chunk.get(k, 0.0)  # an older version's files have no CPU seconds
-    return rows, cost
+        seconds += chunk["seconds"]
+        cpu_seconds += chunk.get("cpu_seconds", 0.0)  # an older version's files have none
+    return rows, seconds, cpu_seconds
+
+
+def cache_bytes(count, size, amp):
+    """Bytes of layer3's output, [count, side, side, 256]."""
+    side = math.ceil(size / 16)
+    return count * 256 * side * side * (4 if amp == "off" else 2)
+
+
+def cache_limit(run):
+    gigabytes = run.settings.cache_gb
+    return 0.7 * free_bytes(run.device) if gigabytes is None else gigabytes * 1e9
 
 
 class Inputs:
-    """The head's inputs: outputs of the frozen layers, computed once where they never change."""
+    """The head's inputs: outputs of the frozen layers.
+
+    Sets that compute() has kept are looked up; for any other every call runs the frozen layers.
+    """
 
     def __init__(self, run, data, frozen, trains):
         self.run, self.data, self.frozen, self.trains = run, data, frozen, trains
-        self.kept, self.in_memory = {}, None  # outputs by set; whether layer3's are kept, once resolved
+        # by set; whether layer3's output is kept, once decided: kept rows and recomputed ones may differ in
+        # the last bit, so a resumed run does what it did before
+        self.kept, self.in_memory = {}, None
 
     @torch.no_grad()
-    def forward_frozen(self, images, theta=None):
-        return self.frozen(prepare(images, self.run.settings.image_size, theta))
+    def run_frozen(self, name, index, theta=None):
+        return self.frozen(prepare(self.data.images[name][index], self.run.settings.image_size, theta))
 
     def __call__(self, name, index, theta=None):
         """[N, 512] or [N, C, h, w] for the images `index` of a set."""
         if name not in self.kept:
-            return self.forward_frozen(self.data.images[name][index], theta)
+            return self.run_frozen(name, index, theta)
         x = self.kept[name][index]
         return x if x.dim() == 2 else x.permute(0, 3, 1, 2)  # kept as channels_last, [n, h, w, 256]
 
@@ -440,51 +459,44 @@ class Inputs:
         run, names = self.run, ["val"] if self.run.settings.augment else ["train", "val"]
         count = sum(len(self.data.labels[name]) for name in names)
         if self.trains == "fc":
-            costs = []
+            spent = {"seconds": 0.0, "cpu_seconds": 0.0}
             for name in names:
-                self.kept[name], cost = kept_on_disk(
-                    run, run.out / "features", self.data.images[name], 512, self.forward_frozen, name
-                )
-                costs.append(cost)
+                forward = functools.partial(self.run_frozen, name)
+                self.kept[name], seconds, cpu = features(run, name, self.data.images[name], forward)
+                spent["seconds"] += seconds
+                spent["cpu_seconds"] += cpu
             timer("features")
-            for k in ("seconds", "cpu_seconds"):  # what the files cost, whichever regime or start made them
-                timer.progress[k]["features"] = sum(cost[k] for cost in costs)
-            spent = timer.progress["seconds"]["features"]
-            run.say(f"features of {count:,} images: {duration(spent)} ({count / spent:,.0f} images/s)")
+            for k, value in spent.items():  # what the files cost, whichever regime or start made them
+                timer.progress[k]["features"] = value
+            rate = count / spent["seconds"]
+            run.say(f"features of {count:,} images: {duration(spent['seconds'])} ({rate:,.0f} images/s)")
         elif self.trains == "layer4" and self.fits(count):
+            side, amp = math.ceil(run.settings.image_size / 16), run.settings.amp
+            kind = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[amp]
             for name in names:
-                self.kept[name] = self.layer3(name)
+                shape = (len(self.data.labels[name]), side, side, 256)
+                self.kept[name] = in_batches(
+                    run,
+                    lambda index, name=name: self.run_frozen(name, index).permute(0, 2, 3, 1),
+                    shape,
+                    f"cache, {name}",
+                    run.poll,
+                    dtype=kind,
+                )
             timer("cache")
             run.say(f"layer3's output kept in memory: {duration(timer.progress['seconds']['cache'])}")
 
-    def cache_bytes(self, count):
-        """(what layer3's output of `count` images takes, what --cache-gb or the free memory allows)."""
-        settings, side = self.run.settings, math.ceil(self.run.settings.image_size / 16)
-        need = count * 256 * side * side * (4 if settings.amp == "off" else 2)
-        free = 0.7 * free_bytes(self.run.device) if settings.cache_gb is None else settings.cache_gb * 1e9
-        return need, free
-
     def fits(self, count):
-        """Whether layer3's output goes into memory; a continued run keeps to what was resolved."""
-        need, free = self.cache_bytes(count)
-        if self.in_memory is None or self.run.settings.cache_gb is not None:
-            self.in_memory = need <= free
-        self.in_memory = self.in_memory and self.run.world == 1
-        why = "several processes" if self.run.world > 1 else "--cache-gb sets the budget"
-        verdict = "kept in memory" if self.in_memory else f"computed again for every batch ({why})"
-        self.run.say(f"layer3's output: {need / 1e9:.2f} GB, budget {free / 1e9:.2f} GB: {verdict}")
+        """Whether layer3's output goes into memory."""
+        run = self.run
+        need, limit = cache_bytes(count, run.settings.image_size, run.settings.amp), cache_limit(run)
+        if self.in_memory is None or run.settings.cache_gb is not None:
+            self.in_memory = need <= limit
+        self.in_memory = self.in_memory and run.world == 1
+        why = "several processes" if run.world > 1 else "--cache-gb sets the budget"
+        verdict = "kept in memory" if self.in_memory else f"recomputed for every batch ({why})"
+        run.say(f"layer3's output: {need / 1e9:.2f} GB, budget {limit / 1e9:.2f} GB: {verdict}")
         return self.in_memory
-
-    def layer3(self, name):
-        images, rows, began = self.data.images[name], None, time.monotonic()
-        for start in range(0, len(images), EVAL_BATCH):
-            x = self.forward_frozen(images[start : start + EVAL_BATCH]).permute(0, 2, 3, 1)  # N, h, w, 256
-            if rows is None:
-                rows = torch.empty(len(images), *x.shape[1:], dtype=x.dtype, device=x.device)
-            rows[start : start + len(x)] = x
-            self.run.poll()
-            self.run.pulse(pace, f"cache, {name}", start + len(x), len(images), began)
-        return rows
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -498,12 +510,19 @@ class Timer:
         self.last = time.perf_counter(), time.process_time()
 
     def __call__(self, what):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # else the next thing would pay for the work that is queued
+        synchronize(self.device)  # else the next phase would be charged for queued work
         now = time.perf_counter(), time.process_time()
         for k, before, after in zip(("seconds", "cpu_seconds"), self.last, now):
             self.progress[k][what] = self.progress[k].get(what, 0.0) + after - before
         self.last = now
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()  # torch.cuda, torch.mps
+
+
+NO_BEST = {"accuracy": -1.0, "epoch": 0, "number": 0, "tau": 0.0, "weights": None}
 
 
 def new_progress():
@@ -512,13 +531,13 @@ def new_progress():
 
 @dataclass
 class State:
-    """Where a regime is. With weights, optimizer and scaler it is what last.pt holds."""
+    """How far a regime has got. With weights, optimizer and scaler it is what last.pt holds."""
 
     number: int = 0  # of the stage
     epoch: int = 0  # finished epochs of the stage
     step: int = 0  # finished steps of the epoch
     done: bool = False  # the stage has ended, the model has the best weights
-    best: dict = field(default_factory=lambda: {"accuracy": -1.0, "epoch": 0, "tau": 0.0, "weights": None})
+    best: dict = field(default_factory=lambda: dict(NO_BEST))  # the best epoch so far, of whichever stage
     reference: float = -1.0  # validation accuracy at the last real progress
     stale: int = 0  # epochs since
     losses: torch.Tensor = field(default_factory=lambda: torch.zeros(1))  # of the epoch's steps
@@ -533,12 +552,12 @@ class Trainer:
         self.run, self.data, self.model, self.stages, self.folder = run, data, model, stages, folder
         self.n, self.state = len(data.labels["train"]), State()
         self.timer = Timer(run.device, self.state.progress)
-        self.published, self.published_at = None, time.monotonic()  # the best epoch that best.pt holds
+        self.published = None  # (stage, epoch) of the weights that best.pt holds
         self.begin(0)
 
     def begin(self, number):
         """Stage `number`, from the weights that the model has."""
-        run, stage, before = self.run, self.stages[number], self.state
+        run, stage, previous = self.run, self.stages[number], self.state
         self.ddp = None  # two DDP wrappers of one parameter would both sum its gradient
         self.stage, self.steps = stage, math.ceil(self.n / stage.batch_size)
         frozen, self.head = split_at(self.model, stage.trains, run.settings.amp)
@@ -548,10 +567,11 @@ class Trainer:
             self.params, lr=stage.lr, weight_decay=stage.weight_decay, fused=run.device.type != "mps"
         )
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.settings.amp == "fp16")
-        self.state = State(number, progress=before.progress)
+        self.state = State(number, progress=previous.progress)
         self.state.losses, self.state.hits = torch.zeros(2, self.steps, device=run.device)
-        if number:  # a stage that never gets better ends with the weights that it began with
-            self.state.best = before.best | {"weights": self.weights()}
+        if number:  # the model has the best weights so far: a stage that never does better ends with them
+            self.state.best = dict(previous.best)
+            self.state.best["weights"] = self.weights()
 
     def learning_rate(self):
         """1) linear warm-up from zero, 2) half a cosine down to zero."""
@@ -564,13 +584,12 @@ class Trainer:
     def train_step(self, order):
         """One step; `order` is the epoch's permutation of the training set."""
         run, state = self.run, self.state
-        first, last = (self.n * s // self.steps for s in (state.step, state.step + 1))
-        index = order[first:last]  # the same images for any number of processes; sizes differ by one at most
+        first, last = self.n * state.step // self.steps, self.n * (state.step + 1) // self.steps
+        index = order[first:last]  # the same images for any number of processes
         mine, theta = index[run.rank :: run.world], None
         if run.settings.augment:
             generator = rng(run.settings.seed, "augment", state.number, state.epoch, state.step)
-            theta = draw_affine(len(index), generator)[run.rank :: run.world]
-            theta = theta.to(run.device, non_blocking=True)
+            theta = draw_affine(len(index), generator)[run.rank :: run.world].to(run.device)
         y = self.data.labels["train"][mine]
         logits = (self.ddp or self.head)(self.inputs("train", mine, theta))
         loss = F.cross_entropy(logits, y, reduction="sum") / len(index)  # this process's share of the mean
@@ -581,6 +600,7 @@ class Trainer:
             group["lr"] = self.learning_rate()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        # this process's share, which agree() turns into the sum
         state.losses[state.step], state.hits[state.step] = loss.detach(), (logits.argmax(1) == y).sum()
         if run.world > 1:
             self.agree(len(mine) / len(index))
@@ -591,6 +611,7 @@ class Trainer:
         step, state = self.state.step, self.state
         tensors = [state.losses[step : step + 1], state.hits[step : step + 1]]
         if self.run.device.type != "cuda":  # there SyncBatchNorm has the same statistics everywhere
+            # a weighted mean over the processes: each one's share of it first, then the sum
             tensors += [b.mul_(share) for b in self.head.buffers() if b.is_floating_point()]
         flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat)
@@ -603,18 +624,13 @@ class Trainer:
         if state.done:
             return
         self.save()
-        if not self.over():
+        if not self.finished():
             self.inputs.compute(self.timer)
-            if run.world > 1:  # not before: a stop or an error in a long pass leaves no half-made wrapper
-                devices = [run.device] if run.device.type == "cuda" else None
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", FutureWarning)  # the flag's new name is not in torch 2.6
-                    self.ddp = nn.parallel.DistributedDataParallel(
-                        self.head, devices, broadcast_buffers=False
-                    )
-        self.began, self.first = time.monotonic(), state.epoch * self.steps + state.step
+            if run.world > 1:
+                self.wrap()
+        self.began, self.first = time.monotonic(), state.epoch * self.steps + state.step  # for eta()
         try:
-            while not self.over():
+            while not self.finished():
                 self.train_epoch()
                 self.finish_epoch()
         except Diverged as e:
@@ -631,6 +647,16 @@ class Trainer:
             run.say(f"early stop after epoch {state.epoch}: back to the weights of {back}")
         run.poll(self.save)
 
+    def wrap(self):
+        """torch's DistributedDataParallel around the head, for training steps alone."""
+        devices = None
+        if self.run.device.type == "cuda":
+            devices = [self.run.device]
+            self.head = nn.SyncBatchNorm.convert_sync_batchnorm(self.head)  # shares parameters and statistics
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the flag's new name is not in torch 2.6
+            self.ddp = nn.parallel.DistributedDataParallel(self.head, devices, broadcast_buffers=False)
+
     def train_epoch(self):
         run, state = self.run, self.state
         order = torch.randperm(self.n, generator=rng(run.settings.seed, "order", state.number, state.epoch))
@@ -645,11 +671,11 @@ class Trainer:
 
     def step_line(self, began, first):
         state = self.state
-        rate = (state.step - first) * self.n / self.steps / (time.monotonic() - began)
+        rate = (state.step - first) * self.n / self.steps / max(1e-9, time.monotonic() - began)
         return (
             f"epoch {state.epoch + 1:2d}/{self.stage.epochs} | step {state.step}/{self.steps} "
             f"| loss {float(state.losses[state.step - 1]):.4f} | {rate:,.0f} images/s "
-            f"| eta {duration(self.seconds_left())}"
+            f"| eta {duration(self.eta())}"
         )
 
     def finish_epoch(self):
@@ -678,18 +704,18 @@ class Trainer:
         }
         history.append(row)
         state.epoch, state.step = state.epoch + 1, 0
-        left = 0.0 if self.over() else self.seconds_left()
+        left = 0.0 if self.finished() else self.eta()
         self.run.say(epoch_line(row, self.stage.epochs, left))
         self.save()
         self.run.poll(self.save)
 
-    def seconds_left(self):
-        """To the last epoch, at the rate since this start of the run."""
+    def eta(self):
+        """Seconds until the last epoch, at the rate measured since this start of the run."""
         now = self.state.epoch * self.steps + self.state.step
         rate = (time.monotonic() - self.began) / max(1, now - self.first)
         return rate * (self.stage.epochs * self.steps - now)
 
-    def over(self):
+    def finished(self):
         return self.state.epoch >= self.stage.epochs or self.state.stale >= self.stage.patience
 
     def check_finite(self):
@@ -709,7 +735,7 @@ class Trainer:
             return self.head(self.inputs("val", index))
 
         poll = functools.partial(self.run.poll, self.save)
-        logits = in_batches(self.run, forward, width, len(y), "validation", poll).cpu()
+        logits = in_batches(self.run, forward, (len(y), width), "validation", poll).cpu()
         loss = float(F.cross_entropy(logits, y))
         if not math.isfinite(loss):
             raise Diverged(f"the validation loss is {loss} after epoch {self.state.epoch + 1}")
@@ -724,6 +750,7 @@ class Trainer:
     def save(self):
         """last.pt, which alone decides where to go on; log.csv and best.pt follow from it."""
         run, state = self.run, self.state
+        # after the last step of an epoch comes its validation, which may be stopped, too
         self.timer("steps" if state.step < self.steps else "validation")
         self.check_finite()  # a state that has diverged never replaces a good one
         state.progress["peak"] = max(state.progress.get("peak", 0), peak_bytes(run.device))
@@ -731,44 +758,45 @@ class Trainer:
             last = vars(state) | {"weights": self.weights(), "optimizer": self.optimizer.state_dict()}
             last |= {"scaler": self.scaler.state_dict(), "in_memory": self.inputs.in_memory}
             save_tensors(self.folder / "last.pt", last | {"arguments": vars(run.args)}, keep=True)
-            # a probe's epochs are short: best.pt waits up to half a minute, but not at the end
-            if state.done or run.stop_asked or time.monotonic() > self.published_at + 30:
-                self.publish()
+            self.publish()
         self.timer("checkpoint")
         run.saved_at = time.monotonic()
 
     def publish(self):
         state, settings = self.state, self.run.settings
         write_csv(self.folder / "log.csv", state.progress["history"])
-        best_epoch = state.best.get("number"), state.best["epoch"]
+        best_epoch = state.best.get("number", state.number), state.best["epoch"]
         if self.published == best_epoch or state.best["weights"] is None:
             return
         model = {k: v.detach().cpu() for k, v in self.model.state_dict().items()} | state.best["weights"]
         about = {"classes": self.data.classes, "image_size": settings.image_size, "amp": settings.amp}
         about |= {k: state.best[k] for k in ("accuracy", "epoch")} | {"dataset": self.data.name}
         save_tensors(self.folder / "best.pt", {"model": model, **about})
-        self.published, self.published_at = best_epoch, time.monotonic()
+        self.published = best_epoch
 
     def load(self, last):
-        """Goes on from what last.pt holds; whatever that lacks or has otherwise raises an exception."""
+        """Resumes from what last.pt holds; raises an exception if something is missing or differs."""
+        if not 0 <= last["number"] < len(self.stages):
+            raise ValueError(f"stage {last['number']}")
         self.begin(last["number"])
         state = State(**{name: last[name] for name in vars(self.state)})
         state.progress = new_progress() | state.progress  # an older run's has no CPU seconds
-        for name in ("losses", "hits"):
-            if getattr(state, name).shape != (self.steps,):
-                raise ValueError(f"{name} of {len(getattr(state, name))} steps, expected {self.steps}")
-            setattr(state, name, getattr(state, name).to(self.run.device))
-        if not 0 <= state.step <= self.steps or not 0 <= state.epoch <= self.stage.epochs:
-            raise ValueError(f"epoch {state.epoch}, step {state.step}")
-        if last["weights"].keys() != self.weights().keys():
-            raise ValueError("weights of another stage")
+        times = [*state.progress["seconds"].values(), *state.progress["cpu_seconds"].values()]
+        tables = [*state.progress["history"], *state.progress["stages"], state.best]
+        fits = state.losses.shape == state.hits.shape == (self.steps,)
+        fits = fits and 0 <= state.step <= self.steps and 0 <= state.epoch <= self.stage.epochs
+        fits = fits and last["weights"].keys() == self.weights().keys()
+        fits = fits and math.isfinite(sum(times) + state.best["accuracy"] + state.best["tau"])
+        fits = fits and all(isinstance(table, dict) for table in tables)
+        weights = [*last["weights"].values(), *(state.best["weights"] or {}).values()]
+        if not fits or not all(torch.isfinite(w).all() for w in weights):
+            raise ValueError("it does not fit this regime")
+        state.losses, state.hits = state.losses.to(self.run.device), state.hits.to(self.run.device)
         self.model.load_state_dict(last["weights"], strict=False)
         self.optimizer.load_state_dict(last["optimizer"])
         self.scaler.load_state_dict(last["scaler"])
         self.state, self.inputs.in_memory = state, last["in_memory"]
         self.timer = Timer(self.run.device, state.progress)
-        if self.run.main:
-            self.publish()
 
     def summary(self):
         """What metrics.json says about a finished stage."""
@@ -804,11 +832,15 @@ def resume(run, data, make_model, stages, folder):
             trainer = Trainer(run, data, make_model(), stages, folder)
             try:
                 trainer.load(last)
-                return trainer, True
-            except RunFailed:  # a full disk
-                raise
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
                 run.say(f"{path} is not of this run or damaged ({one_line(e)}): not used")
+                continue
+            if run.main:
+                os.replace(
+                    path, folder / "last.pt"
+                )  # the one before it, where a kill or damage left no other
+                trainer.publish()
+            return trainer, True
     return Trainer(run, data, make_model(), stages, folder), False
 
 
@@ -822,7 +854,7 @@ def log_prior(data):
 
 
 def macro_f1(labels, predicted, k):
-    """As scikit-learn's, from the confusion counts: quick enough for a search."""
+    """As scikit-learn's, from the confusion counts: fast enough to call 21 times."""
     counts = torch.bincount(labels * k + predicted, minlength=k * k).view(k, k).double()
     both = counts.sum(0) + counts.sum(1)
     return float((2 * counts.diagonal() / both.clamp(min=1))[both > 0].mean())
@@ -867,42 +899,49 @@ def per_class(confusion, classes):
     return rows
 
 
-def test_logits(run, data, inputs, head, folder):
-    """Logits of the test set [n, K] on the CPU, and what they cost; a kill costs a file of them."""
+def test_logits(run, data, inputs, head):
+    """Logits of the test set: [n, K] on the CPU."""
     head.eval()
 
     @torch.no_grad()
-    def forward(images):
-        return head(inputs.forward_frozen(images))
+    def forward(index):
+        return head(inputs("test", index))
 
-    logits, cost = kept_on_disk(run, folder / "test", data.images["test"], len(data.classes), forward, "test")
-    return logits.cpu(), cost
+    shape = (len(data.labels["test"]), len(data.classes))
+    # no trials of kernels, which may choose others in --evaluate
+    with torch.backends.cudnn.flags(benchmark=False, allow_tf32=False):
+        return in_batches(run, forward, shape, "test", run.poll).cpu()
 
 
 def write_test_files(run, folder, data, logits, title):
-    """Tables and pictures of the test set; a stop is obeyed between two of them."""
+    """Tables and pictures of the test set."""
     labels, predicted, classes = data.labels["test"].cpu(), logits.argmax(1), data.classes
     confusion = metrics.confusion_matrix(labels, predicted, labels=range(len(classes)))
-    counts = [{"true": c, **dict(zip(classes, row))} for c, row in zip(classes, confusion.tolist())]
-    heading = f"{title}, {data.name}, test set"
-    for write in (
-        lambda: write_csv(folder / "per_class.csv", per_class(confusion, classes)),
-        lambda: write_csv(folder / "confusion.csv", counts),
-        lambda: draw_confusion(folder / "confusion.png", confusion, classes, heading),
-        lambda: draw_top_confusions(folder / "confusions_top.png", confusion, data, predicted, title),
-    ):
-        if run.main:
-            write()
-        run.poll()
+    if run.main:
+        write_csv(folder / "per_class.csv", per_class(confusion, classes))
+        counts = [{"true": c, **dict(zip(classes, row))} for c, row in zip(classes, confusion.tolist())]
+        write_csv(folder / "confusion.csv", counts)
+        heading = f"{title}, {data.name}, test set"
+        draw_confusion(folder / "confusion.png", confusion, classes, heading)
+    run.poll()
+    if run.main:
+        draw_top_confusions(folder / "confusions_top.png", confusion, data, predicted, title)
+    run.poll()
 
 
 def about_run(run, data, weights_name):
-    """The keys of metrics.json that say what was done, and where."""
-    settings = run.settings
-    about = {"dataset": data.name, "weights": weights_name, "image_size": settings.image_size}
-    about |= {"seed": settings.seed, "augment": settings.augment, "limit": settings.limit or None}
-    about |= {"dry_run": settings.dry_run, "device": device_name(run.device), "processes": run.world}
-    return about | {"amp": settings.amp, "torch": torch.__version__, "git_commit": git_commit()}
+    """The keys of metrics.json that say on what and where."""
+    return {
+        "dataset": data.name,
+        "weights": weights_name,
+        "image_size": run.settings.image_size,
+        "dry_run": run.settings.dry_run,
+        "amp": run.settings.amp,
+        "device": device_name(run.device),
+        "processes": run.world,
+        "torch": torch.__version__,
+        "git_commit": git_commit(),
+    }
 
 
 def run_regime(run, name, data, weights, weights_name, todo):
@@ -913,10 +952,8 @@ def run_regime(run, name, data, weights, weights_name, todo):
         folder.mkdir(exist_ok=True)
 
     def make_model():
-        model = build_model(len(data.classes), weights, run.settings.seed).to(run.device)
-        if run.world > 1 and run.device.type == "cuda":  # where BatchNorm is frozen, it makes no difference
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return model
+        model = build_model(len(data.classes), weights, run.settings.seed)
+        return model.to(run.device, memory_format=layout(run.device))
 
     trainer, resumed = resume(run, data, make_model, stages, folder)
     if not run.planned:
@@ -924,11 +961,15 @@ def run_regime(run, name, data, weights, weights_name, todo):
     for number in range(trainer.state.number, len(stages)):
         if number > trainer.state.number:
             trainer.begin(number)
-        training, total = (sum(p.numel() for p in ps) for ps in (trainer.params, trainer.model.parameters()))
-        recipe = f"batch size {stages[number].batch_size}, lr {stages[number].lr:g}"
-        place = f"epoch {trainer.state.epoch + 1}, after step {trainer.state.step} of {trainer.steps}"
-        began = f"{training:,} of {total:,} parameters train, {recipe}"
-        run.say(f"{name}: " + (f"continuing in {place}" if resumed else began))
+        state, stage = trainer.state, stages[number]
+        if resumed:
+            place = f"epoch {state.epoch + 1}, after step {state.step} of {trainer.steps}"
+            run.say(f"{name}: continuing in {place}")
+        else:
+            training = sum(p.numel() for p in trainer.params)
+            total = sum(p.numel() for p in trainer.model.parameters())
+            recipe = f"batch size {stage.batch_size}, lr {stage.lr:g}"
+            run.say(f"{name}: {training:,} of {total:,} parameters train, {recipe}")
         resumed = False
         trainer.train()
         if len(trainer.state.progress["stages"]) == number:
@@ -938,41 +979,55 @@ def run_regime(run, name, data, weights, weights_name, todo):
 
 def finish_regime(run, name, data, weights_name, trainer):
     """The test set, once, with the best weights; then tables and pictures; metrics.json comes last."""
-    folder, state, progress = trainer.folder, trainer.state, trainer.state.progress
-    seconds, stages, last = progress["seconds"], progress["stages"], progress["stages"][-1]
-    logits, cost = test_logits(run, data, trainer.inputs, trainer.head, folder)
-    seconds["test"] = cost["seconds"]
-    timer = Timer(run.device, progress)
-    title = name + (" (dry run)" if run.settings.dry_run else "")
+    folder, state, settings, timer = trainer.folder, trainer.state, run.settings, trainer.timer
+    progress, seconds = state.progress, state.progress["seconds"]
+    timer("checkpoint")
+    seconds["test"] = 0.0  # what an earlier start spent on a test that it did not finish does not count
+    logits, labels = test_logits(run, data, trainer.inputs, trainer.head), data.labels["test"].cpu()
+    timer("test")
+    title = name + (" (dry run)" if settings.dry_run else "")
     if run.main:
         draw_curves(folder / "curves.png", progress["history"], title)
     write_test_files(run, folder, data, logits, title)
     timer("pictures")
     if not run.main:
         return None
-    labels, tau = data.labels["test"].cpu(), state.best["tau"]
-    figures = test_metrics(labels, logits, data.classes)
-    spent, cpu = (sum(progress[k].get(w, 0.0) for w in TRAINING) for k in ("seconds", "cpu_seconds"))
-    budget = sum(s["epochs_run"] * s["samples_per_epoch"] for s in stages)
-    row = {"regime": name, **about_run(run, data, weights_name), "learning_rate": last["lr"]}
-    row["epochs_run"], row["max_epochs"] = (sum(s[k] for s in stages) for k in ("epochs_run", "epochs"))
-    row |= {"early_stopped": last["early_stopped"], "samples_per_epoch": trainer.n, "update_budget": budget}
-    row |= {"trainable_params": last["trainable_params"]}
-    row |= {"total_params": sum(p.numel() for p in trainer.model.parameters())}
-    # far less CPU time than cores x time shows a run that other work disturbed
-    row |= {"train_seconds": spent, "train_cpu_seconds": cpu, "total_seconds": sum(seconds.values())}
-    row |= {"seconds": seconds, "images_per_second": budget / spent, "peak_memory_bytes": progress["peak"]}
-    row |= {"val_accuracy": state.best["accuracy"], **figures, "stages": stages}
+    stages, last, tau = progress["stages"], progress["stages"][-1], state.best["tau"]
+    training = sum(seconds.get(phase, 0.0) for phase in TRAINING)
+    samples = sum(s["epochs_run"] * s["samples_per_epoch"] for s in stages)
     corrected = test_metrics(labels, logits - tau * log_prior(data), data.classes)
-    row |= {"prior_corrected": {"tau": tau, **corrected}}
-    row |= {"val_accuracies": [epoch["val_accuracy"] for epoch in progress["history"]]}
-    row["checksum"] = checksum(row)
-    write_json(folder / "metrics.json", row)
-    shutil.rmtree(folder / "test", ignore_errors=True)
+    row = {
+        "regime": name,
+        **about_run(run, data, weights_name),
+        "seed": settings.seed,
+        "augment": settings.augment,
+        "limit": settings.limit or None,
+        "learning_rate": last["lr"],
+        "epochs_run": sum(s["epochs_run"] for s in stages),
+        "max_epochs": sum(s["epochs"] for s in stages),
+        "early_stopped": last["early_stopped"],
+        "samples_per_epoch": trainer.n,
+        "update_budget": samples,
+        "trainable_params": last["trainable_params"],
+        "total_params": sum(p.numel() for p in trainer.model.parameters()),
+        "train_seconds": training,
+        # of this process: far less than cores x train_seconds shows a run that other work disturbed
+        "train_cpu_seconds": sum(progress["cpu_seconds"].get(phase, 0.0) for phase in TRAINING),
+        "total_seconds": sum(seconds.values()),
+        "seconds": seconds,
+        "images_per_second": samples / training,
+        "peak_memory_bytes": progress["peak"],
+        "val_accuracy": state.best["accuracy"],
+        **test_metrics(labels, logits, data.classes),
+        "stages": stages,
+        "prior_corrected": {"tau": tau, **corrected},
+        "val_accuracies": [epoch["val_accuracy"] for epoch in progress["history"]],
+    }
+    write_json(folder / "metrics.json", row | {"checksum": checksum(row)})
     (folder / "last.pt.prev").unlink(missing_ok=True)
     run.say(
         f"{title}: test accuracy {row['test_accuracy']:.2%}, macro-F1 {row['test_f1_macro']:.4f}, top-5 "
-        f"{row['test_top5']:.2%} (once, with the best epoch's weights); training {duration(spent)}, "
+        f"{row['test_top5']:.2%} (once, with the best epoch's weights); training {duration(training)}, "
         f"in all {duration(row['total_seconds'])}"
     )
     return row
@@ -981,29 +1036,25 @@ def finish_regime(run, name, data, weights_name, trainer):
 def evaluate(args):
     """--evaluate best.pt: the test set with a checkpoint's weights; metrics and pictures in --out."""
     model, classes, size = load_model(args.evaluate)
-    run, amp = Run(args), read_tensors(args.evaluate).get("amp", "auto")
+    run = Run(args)
     if run.world > 1:
         raise InputError("--evaluate runs in one process")
-    amp = choose_amp(amp if args.amp == "auto" else args.amp, run.device)  # as the run itself was tested
-    run.settings = argparse.Namespace(**vars(args) | {"limit": 0, "image_size": size, "amp": amp})
+    amp = read_tensors(args.evaluate).get("amp", "auto") if args.amp == "auto" else args.amp
+    settings = {"limit": 0, "image_size": size, "amp": choose_amp(amp, run.device)}  # as the run was tested
+    run.settings = argparse.Namespace(**vars(args) | settings)
     out = Path(args.out or f"results/resnet18-evaluate-{datetime.now():%Y%m%d-%H%M%S}")
     make_folder(out)
-    others = {p.name for p in out.iterdir() if p.name[0] != "."} - {*TEST_FILES, "test"}
-    if others:
-        raise InputError(f"--out {out} holds other files ({', '.join(sorted(others)[:3])}): name a new one")
-    shutil.rmtree(out / "test", ignore_errors=True)  # of another checkpoint, perhaps
+    if (out / "args.json").exists() or (out / "last.pt").exists():
+        raise InputError(f"--out {out} is a run's own folder: name a new one")
     data = load_digits() if len(classes) == 10 else load_emnist(args.data_dir)
     split_data(data, run.settings)
     data.to(run.device)
-    frozen, head = split_at(model.to(run.device), "fc", amp)
-    logits, cost = test_logits(run, data, Inputs(run, data, frozen, "fc"), head, out)
-    name = Path(args.evaluate).name
+    frozen, head = split_at(model.to(run.device, memory_format=layout(run.device)), "fc", settings["amp"])
+    logits, name = test_logits(run, data, Inputs(run, data, frozen, "fc"), head), Path(args.evaluate).name
     write_test_files(run, out, data, logits, name)
-    row = {"checkpoint": args.evaluate, **about_run(run, data, name), "seconds": cost}
-    row |= test_metrics(data.labels["test"].cpu(), logits, classes)
-    write_json(out / "metrics.json", row)
-    shutil.rmtree(out / "test", ignore_errors=True)
-    accuracy, f1 = row["test_accuracy"], row["test_f1_macro"]
+    figures = test_metrics(data.labels["test"].cpu(), logits, classes)
+    write_json(out / "metrics.json", {"checkpoint": args.evaluate, **about_run(run, data, name), **figures})
+    accuracy, f1 = figures["test_accuracy"], figures["test_f1_macro"]
     run.say(f"{name}: test accuracy {accuracy:.2%}, macro-F1 {f1:.4f} ({data.name}); results in {out}")
     return 0
 
@@ -1015,10 +1066,10 @@ def time_per_image(run, data, model, trains):
     """About how many seconds an image takes: (frozen layers, a training step of the head)."""
     model, size = copy.deepcopy(model), run.settings.image_size  # the run's own weights and statistics stay
     frozen, head = split_at(model, trains, run.settings.amp)
+    head.train()
     n = max(4, min(128, 400_000 // size**2)) if run.device.type == "cpu" else 128
     index = torch.arange(n, device=run.device) % len(data.labels["train"])
     images, labels = data.images["train"][index], data.labels["train"][index]
-    wait = torch.cuda.synchronize if run.device.type == "cuda" else (lambda: None)
 
     @torch.no_grad()
     def forward():
@@ -1029,64 +1080,79 @@ def time_per_image(run, data, model, trains):
 
     seconds = []
     for work in (forward, functools.partial(step, forward())):
-        run.poll()
-        laps = []  # the first one also sets up kernels
-        while len(laps) < 2 or (len(laps) < 4 and sum(laps) < 0.5):
+        times = []
+        for _ in range(3):  # the first one also sets up kernels
+            run.poll()
             began = time.perf_counter()
             work()
-            wait()
-            laps.append(time.perf_counter() - began)
-        seconds.append(min(laps) / n / run.world)
+            synchronize(run.device)
+            times.append(time.perf_counter() - began)
+        seconds.append(min(times) / n / run.world)
     return seconds
 
 
-def seconds_left(run, data, stages, costs, state):
-    """About how long a regime takes from `state` on, to the last epoch and the test set."""
-    train, val, test = (len(data.labels[name]) for name in ("train", "val", "test"))
-    seconds = 0.0
-    for number, stage in enumerate(stages[state.number :], state.number):
+def estimate(run, stages, costs, sizes, image_size, features_left, state=None):
+    """About how many seconds a regime takes, or what is left of it after `state`, the test set included."""
+    train, val, test = sizes
+    seconds, begun = 0.0, state.number if state else 0
+    for number, stage in enumerate(stages[begun:], begun):
         frozen, step = costs[stage.trains]
-        need, free = Inputs(run, data, None, stage.trains).cache_bytes(train + val)
-        kept = stage.trains == "fc" or (stage.trains == "layer4" and need <= free and run.world == 1)
         epochs = stage.epochs
-        if number == state.number:
-            epochs -= stage.epochs if state.done else state.epoch + state.step / len(state.losses)
-        passes = min(1, epochs) if kept else epochs
+        if state and number == begun:
+            epochs -= state.epoch + state.step / len(state.losses)
+            epochs = 0 if state.done else epochs
+        need = cache_bytes(train + val, image_size, run.settings.amp)
+        kept = stage.trains == "layer4" and need <= cache_limit(run) and run.world == 1
+        passes = min(1, math.ceil(epochs)) if kept else epochs  # a resumed run fills its cache again
+        if stage.trains == "fc":
+            seconds += frozen * (min(1, math.ceil(epochs)) * features_left)
+            passes = 0
+            features_left = 0
         seconds += frozen * (train * (epochs if run.settings.augment else passes) + val * passes)
         seconds += epochs * (step * train + step / 3 * val)  # forward is about a third of a training step
     return seconds + (frozen + step / 3) * test
 
 
 def plan(run, data, trainer, todo):
-    """Says how long the unfinished regimes take, from a few timed batches; on a CPU, what all of it would."""
+    """Says how long the unfinished regimes take, from a few timed batches; and, without a GPU, how long the
+    whole data set at full size would take."""
     settings, run.planned = run.settings, True
     stages = {name: stages_of(name, settings) for name in todo}
     every = sorted({stage.trains for name in todo for stage in stages[name]})
     costs = {trains: time_per_image(run, data, trainer.model, trains) for trains in every}
-    states = [trainer.state, *(State() for _ in todo[1:])]  # the first may have been continued
-    seconds = [seconds_left(run, data, stages[k], costs, state) for k, state in zip(todo, states)]
+    sizes = [len(data.labels[name]) for name in ("train", "val", "test")]
+    on_disk = len(list((run.out / "features").glob("*.pt"))) * CHUNK
+    features_left = max(0, sizes[0] + sizes[1] - on_disk)
+    texts = []
+    for name in todo:
+        state = trainer.state if name == todo[0] else None
+        seconds = estimate(run, stages[name], costs, sizes, settings.image_size, features_left, state)
+        texts.append(f"{name} about {about(seconds)}")
+        if any(stage.trains == "fc" for stage in stages[name]):
+            features_left = 0  # the next regime finds them on the disk
     trainer.timer("plan")
-    part, larger = len(data.labels["train"]) / (0.9 * data.total), (224 / settings.image_size) ** 2
-    reduced = (run.args.limit is None and part < 0.99) or (run.args.image_size is None and larger > 1)
-    if run.main and reduced and not settings.dry_run:
+    fewer = run.args.limit is None and sizes[0] + sizes[1] < data.total
+    smaller = run.args.image_size is None and settings.image_size < FULL_RUN["image_size"]
+    if run.main and (fewer or smaller) and not settings.dry_run:
+        larger = (FULL_RUN["image_size"] / settings.image_size) ** 2
+        costs = {trains: (frozen * larger, step * larger) for trains, (frozen, step) in costs.items()}
+        sizes = 0.9 * data.total, 0.1 * data.total, sizes[2]
+        seconds = sum(estimate(run, stages[k], costs, sizes, 224, data.total) for k in todo)
         images = f"{min(settings.limit or data.total, data.total):,} of {data.total:,} images"
         words = shlex.join([sys.argv[0], *own_words(), "--limit", "0", "--image-size", "224"])
         banner(
-            f"NO GPU: this run takes {images}, at {settings.image_size} px.\nAll of them at 224 px would "
-            f"take about {about(sum(seconds) * larger / part)} here: python {words}"
+            f"NO GPU: this run takes {images}, at {settings.image_size} px.\n"
+            f"All of them at 224 px would take about {about(seconds)} here: python {words}"
         )
-    texts = [f"{name} about {about(s)}" for name, s in zip(todo, seconds)]
-    run.say(f"plan: {', '.join(texts)} on {device_name(run.device)}; early stopping may make it less")
+    run.say(f"plan: {', '.join(texts)} on {device_name(run.device)}; less with early stopping")
 
 
 # ---------------------------------------------------------------------------------------------- comparison
 
-COMPARED = {  # the keys of metrics.json that a comparison needs, and their types
-    **dict.fromkeys(("regime", "dataset", "weights", "device", "amp"), str),
-    **dict.fromkeys(("image_size", "seed", "processes", "trainable_params", "epochs_run"), (int, float)),
-    **dict.fromkeys(("samples_per_epoch", "update_budget", "train_seconds", "total_seconds"), (int, float)),
-    **dict.fromkeys(("test_accuracy", "test_f1_macro"), (int, float)),
-}
+NUMBERS = (
+    *("image_size", "seed", "processes", "trainable_params", "epochs_run", "samples_per_epoch"),
+    *("update_budget", "train_seconds", "total_seconds", "test_accuracy", "test_f1_macro"),
+)
 DIFFERENCES = {  # what may tell two runs of one regime apart, and how a label names it
     "dataset": "{}",
     "weights": "{} weights",
@@ -1108,16 +1174,23 @@ def checksum(row):
     return hashlib.sha256(json.dumps(rest).encode()).hexdigest()[:16]
 
 
+def is_number(value):
+    return type(value) in (int, float) and 0 <= value < 1e15  # neither NaN nor what overflows in a plot
+
+
 def read_metrics(path):
-    """A regime's metrics.json; ValueError if it is damaged or another script's."""
+    """A regime's metrics.json; ValueError if what a comparison needs is damaged or not there."""
     row = json.loads(path.read_bytes())
-    for k, kind in COMPARED.items():
-        if not isinstance(row, dict) or not isinstance(row.get(k), kind) or isinstance(row[k], bool):
-            raise ValueError(f"{k} is missing or of the wrong type")
-        if kind is not str and not (math.isfinite(row[k]) and row[k] >= 0):
-            raise ValueError(f"{k} is {row[k]}")
-    if row["regime"] not in REGIMES or min(row["train_seconds"], row["trainable_params"]) <= 0:
-        raise ValueError("it has no regime of this script or no training in it")
+    if not isinstance(row, dict) or row.get("regime") not in REGIMES:
+        raise ValueError("it has no regime of this script")
+    wrong = [k for k in ("dataset", "weights", "device", "amp") if not isinstance(row.get(k), str)]
+    wrong += [k for k in NUMBERS if not is_number(row.get(k))]
+    wrong += [k for k in ("learning_rate",) if not is_number(row.get(k, 0))]  # older runs have neither
+    curve = row.get("val_accuracies", [])
+    if wrong or not isinstance(curve, list) or not all(map(is_number, curve)):
+        raise ValueError(f"{', '.join(wrong) or 'val_accuracies'} missing or of the wrong type")
+    if min(row["train_seconds"], row["trainable_params"], row["update_budget"]) <= 0:
+        raise ValueError("there is no training in it")
     return row
 
 
@@ -1136,7 +1209,7 @@ def trade_off(rows):
     """One sentence from the numbers: what the most accurate costs more than the cheapest."""
     cheap, best = min(rows, key=lambda r: r["train_seconds"]), max(rows, key=lambda r: r["test_accuracy"])
     if len(rows) == 1:
-        return f"{best['label']} reaches {best['test_accuracy']:.2%}; there is no other to compare it with."
+        return f"{best['label']} reaches {best['test_accuracy']:.2%}; there is nothing to compare it with."
     if cheap is best:
         return f"{best['label']} is both the cheapest and the most accurate ({best['test_accuracy']:.2%})."
     points, f1 = ((best[k] - cheap[k]) * 100 for k in ("test_accuracy", "test_f1_macro"))
@@ -1177,16 +1250,16 @@ def compare(args):
     for folder in map(Path, args.compare):
         paths = [p for p in (folder / "metrics.json", *sorted(folder.glob("*/metrics.json"))) if p.exists()]
         if not paths:
-            raise InputError(f"--compare {folder}: no metrics.json there, no regime of it has finished")
+            raise InputError(f"--compare {folder}: no metrics.json, no regime has finished there")
         for path in paths:
             try:
                 row = read_metrics(path)
             except (OSError, ValueError) as e:
                 raise InputError(f"--compare: {path} is damaged or not of this script ({one_line(e)})") from e
             if row.get("dry_run"):
-                raise InputError(f"--compare: {path} is of a dry run, its numbers say nothing")
+                raise InputError(f"--compare: {path} comes from a dry run and means nothing")
             if row.get("checksum", checksum(row)) != checksum(row):
-                print(f"warning: {path} was changed after the run had written it", flush=True)
+                print(f"warning: {path} has been modified since the run wrote it", flush=True)
             rows.append(row)
     out = Path(args.out or f"results/resnet18-compare-{datetime.now():%Y%m%d-%H%M%S}")
     make_folder(out)
@@ -1199,7 +1272,6 @@ def compare(args):
 
 BLUE, ORANGE = "#0072b2", "#d55e00"  # told apart by colour-blind readers too
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-TEST_FILES = ("metrics.json", "per_class.csv", "confusion.csv", "confusion.png", "confusions_top.png")
 
 
 def new_figure(width, height, rows=1, columns=1, **kwargs):
@@ -1491,12 +1563,20 @@ class Run:
     """Arguments, device, results folder, processes, log and stop flag: what every function needs."""
 
     def __init__(self, args):
-        self.args, self.settings, self.out = args, args, None  # settings: arguments with what `auto` came to
-        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        # args: what the command line says; settings: the same with what `auto` and defaults came to
+        self.args, self.settings, self.out = args, args, None
+        try:
+            self.world = int(os.environ.get("WORLD_SIZE", 1))
+            self.rank = int(os.environ["RANK"]) if self.world > 1 else 0
+        except (KeyError, ValueError) as e:
+            raise InputError(f"WORLD_SIZE and RANK must be set together, to numbers ({one_line(e)})") from e
         self.main, self.device, self.store = self.rank == 0, choose_device(args.device), None
         choose_amp(args.amp, self.device)  # a check
-        if self.device.type == "cuda" and self.world > 1:
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        if self.device.type != "cpu" and self.world > 1:
+            local = int(os.environ.get("LOCAL_RANK", self.rank))
+            if self.device.type == "mps" or local >= torch.cuda.device_count():
+                raise InputError("more processes than GPUs on this machine: start fewer, or --device cpu")
+            self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         if self.world > 1:
             self.store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
@@ -1528,29 +1608,24 @@ class Run:
         elif self.main and not self.live and since > 20:  # with the batch that runs, no more than 30 s
             self.say(text(*args))
 
-    def first(self, key, work):
-        """What work() returns on rank 0, on every rank. Nothing is saved yet, and a signal has to end the
-        process: so the others ask every second, and don't wait in a collective."""
-        if self.world == 1:
-            return work()
+    def from_rank0(self, key, work):
+        """What work() returns on rank 0, on every rank. The others ask every second and don't wait in a
+        collective: nothing is saved yet, so that a signal must end them, and a download may take long."""
+        box = []  # stays empty after an error
         if self.main:
             try:
-                value = work()
-            except InputError as e:
-                self.store.set(key, pickle.dumps(None))
-                time.sleep(2)  # this process may be the one that runs the store: the others have to hear it
-                raise e
-            self.store.set(key, pickle.dumps((value,)))
-            return value
-        self.wait_for(key)
-        box = pickle.loads(self.store.get(key))
-        if box is None:
-            raise SystemExit(2)  # rank 0 says why
-        return box[0]
-
-    def wait_for(self, key):
+                box.append(work())
+            finally:
+                if self.world > 1:
+                    self.store.set(key, pickle.dumps(box))
+                    time.sleep(0 if box else 2)  # this process may run the store: the others have to hear it
+            return box[0]
         while not self.store.check([key]):
             time.sleep(1)
+        box = pickle.loads(self.store.get(key))
+        if not box:
+            raise SystemExit(2)  # rank 0 says why
+        return box[0]
 
     def share(self, thing):
         """Rank 0's plain object, on every rank."""
@@ -1571,15 +1646,15 @@ class Run:
     def poll(self, save=lambda: None):
         """Between batches: save() when it is due, save() and Stopped when asked; the same on every rank."""
         due = time.monotonic() > self.saved_at + 60 * self.args.checkpoint_minutes
-        want = 2 if self.stop_asked else int(due)
+        stop, due = self.stop_asked, due or self.stop_asked
         if self.world > 1:
-            agreed = torch.tensor(want)
+            agreed = torch.tensor([stop, due], dtype=torch.uint8)  # on the CPU: a GPU is not waited for
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            want = int(agreed)
-        if want:
-            self.stop_asked |= want == 2  # whichever rank was asked
+            stop, due = agreed.tolist()
+        if due:
             save()
-        if want == 2:
+        if stop:
+            self.share(None)  # the others must not leave, and have rank 0 killed by torchrun, while it saves
             raise Stopped
 
 
@@ -1652,13 +1727,17 @@ def cgroups_left(system=Path("/")):
     lines = []
     with contextlib.suppress(OSError):
         lines = (system / "proc/self/cgroup").read_text().splitlines()
-    version2 = ("", "memory.max", "memory.current", "inactive_file")
-    version1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     for line in lines:
         _, kinds, path = line.split(":", 2)
-        mount, limit, used, cache = version1 if kinds else version2
+        if not kinds:  # version 2
+            mount, limit, used, cache = "", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in kinds.split(","):  # version 1
+            mount, limit, used = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
         group = system / "sys/fs/cgroup" / mount / path.strip("/")
-        for folder in (group, *group.parents) if mount in kinds.split(",") else ():
+        for folder in (group, *group.parents):
             with contextlib.suppress(OSError, ValueError):  # the limit reads 'max' where there is none
                 left = int((folder / limit).read_text()) - int((folder / used).read_text())
                 stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
@@ -1707,9 +1786,9 @@ def banner(text):
 
 
 @contextlib.contextmanager
-def download(what, url, target, offline):
-    """Around a download: DownloadError for the network's errors, InputError for those of the target folder;
-    a silent server must not hang the run, and a thread says twice a minute that it still goes on."""
+def download(what, url, folder, flag, offline):
+    """Around a download into a folder: one process at a time, a line twice a minute, and a silent server does
+    not hang the run. DownloadError for the network's errors, InputError for those of the folder."""
     before, done, began = socket.getdefaulttimeout(), threading.Event(), time.monotonic()
     socket.setdefaulttimeout(30)  # seconds
 
@@ -1719,14 +1798,16 @@ def download(what, url, target, offline):
 
     threading.Thread(target=tell, daemon=True).start()
     try:
-        print(f"downloading {what} from {url} ...", flush=True)
-        yield
+        folder.mkdir(parents=True, exist_ok=True)
+        with folder_lock(folder, wait=True):
+            print(f"downloading {what} from {url} ...", flush=True)
+            yield
     except Exception as e:  # whatever network, server, archive or folder may throw
-        if getattr(e, "errno", None) in FOLDER_ERRORS:  # an URLError's errno is None
-            raise InputError(f"{target} can't be written ({one_line(e)})") from e
-        raise DownloadError(
-            f"{what} can't be downloaded from {url} ({one_line(e)}). Offline: {offline}"
-        ) from e
+        # the errno of an URLError is None; an SSLError has one of its own numbering
+        if getattr(e, "errno", None) in FOLDER_ERRORS and not isinstance(e, ssl.SSLError):
+            raise InputError(f"{flag}: {folder} can't be written ({one_line(e)})") from e
+        text = f"{what} can't be downloaded from {url} ({one_line(e)}). Offline: {offline}"
+        raise DownloadError(text) from e
     finally:
         done.set()
         socket.setdefaulttimeout(before)
@@ -1778,15 +1859,15 @@ def save_tensors(path, content, keep=False):
 def read_tensors(path):
     """torch.load of plain tensors and numbers; an archive's checksums are compared, as torch does not."""
     content = Path(path).read_bytes()
-    if content[:2] == b"PK" or not content.startswith((b"\x80\x02\x8a", b"\x80\x02}")):  # not an old .pth
+    if not content.startswith(b"\x80\x02"):  # a pickle: torch's format before 1.6, without checksums
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if archive.testzip() is not None:
-                raise ValueError("a checksum does not fit")
+                raise ValueError("a checksum does not match")
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def try_read(path, keys):
-    """A dict with these keys, or None, said aloud, if the file is torn or damaged."""
+    """The file's dict, or None with a message if it is torn or damaged or lacks one of the keys."""
     try:
         content = read_tensors(path)
         if not isinstance(content, dict) or not content.keys() >= set(keys):
@@ -1799,17 +1880,19 @@ def try_read(path, keys):
 
 @contextlib.contextmanager
 def folder_lock(folder, wait=False):
-    """Held until the block or the process ends; the system releases it whatever way that happens."""
-    with open(folder / ".lock", "w") as f:
+    """Held until the block or the process ends; the system releases it however that happens."""
+    with contextlib.ExitStack() as stack:
         try:
-            if fcntl:
-                fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            else:
-                print(f"warning: no locks on this system: let no other run use {folder}", flush=True)
+            file = stack.enter_context(open(folder / ".lock", "w"))
+            if not fcntl:
+                raise OSError(errno.ENOTSUP, "no locks on this system")
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as e:
             raise InputError(f"another run is writing into {folder}") from e
         except OSError as e:
-            print(f"warning: {folder} can't be locked ({e.strerror}): let no other run use it", flush=True)
+            if e.errno in FOLDER_ERRORS:
+                raise
+            print(f"warning: {folder} can't be locked ({e.strerror}): start no other run in it", flush=True)
         yield
 
 
@@ -1857,7 +1940,7 @@ def parse_args(argv):
     add("--limit", type=number(int, 0), metavar="N", help=text)
     text = "pixels that images are scaled to (default: 224; with EMNIST on a CPU 64)"
     add("--image-size", type=number(int, 32, below=4096), metavar="S", help=text)
-    add("--augment", action="store_true", help="small rotations, scales and shifts; nothing is kept then")
+    add("--augment", action="store_true", help="small rotations, scales and shifts; disables the caches")
     add = p.add_argument_group("training").add_argument
     text = f"any of {', '.join(REGIMES)} (default: linear_probe partial_unfreeze)"
     add("--regimes", nargs="+", default=["linear_probe", "partial_unfreeze"], metavar="REGIME", help=text)
@@ -1885,9 +1968,9 @@ def parse_args(argv):
     add("--cache-gb", type=real, metavar="GB", help=text)
     text = "longest time between two checkpoints (default: %(default)s)"
     add("--checkpoint-minutes", type=real, default=2.0, metavar="MINUTES", help=text)
-    text = "results folder; a run that is there is continued (default: results/resnet18-<timestamp>)"
+    text = "results folder; an existing run is resumed (default: results/resnet18-<timestamp>)"
     add("--out", metavar="DIR", help=text)
-    add("--dry-run", action="store_true", help="one batch through everything")
+    add("--dry-run", action="store_true", help="run one batch through every phase")
     add = p.add_argument_group("instead of training").add_argument
     add("--compare", nargs="+", metavar="DIR", help="one comparison of several finished runs, in --out")
     add("--evaluate", metavar="FILE", help="the test set with the weights of a best.pt, in --out")
@@ -1895,7 +1978,7 @@ def parse_args(argv):
     add("--checkpoint", metavar="FILE", help="best.pt of a run, for --predict")
     args = p.parse_args(argv)
     if [] in vars(args).values():  # argparse reads "--seed=--" as a flag without a value
-        p.error("a flag has -- as its value")
+        p.error("-- is not a valid value of a flag")
     if 0 < (args.limit or 0) < 10:
         p.error(f"--limit {args.limit}: {args.limit} is not at least 10 (0: all)")
     args.regimes = [name for text in args.regimes for name in text.split(",") if name]
@@ -1911,7 +1994,7 @@ def parse_args(argv):
 
 
 FREE = {"device", "data_dir", "cache_gb", "checkpoint_minutes", "out"}  # may differ when a run is continued
-BEFORE = {"code", "commit", "resnet18.py"}  # what a batch job may lay into OUT before the first start
+BEFORE = {"code", "commit", "resnet18.py"}  # what a batch job may put into OUT before the first start
 FULL_RUN = {"limit": 0, "image_size": 224}  # as the assignment asks
 CPU_RUN = {"limit": 12_000, "image_size": 64}  # what takes minutes and not hours on two cores
 
@@ -1924,7 +2007,10 @@ def open_out(args, stack):
     files = sorted(p.name for p in out.iterdir() if p.name[0] != "." and p.name not in BEFORE)
     if files and not path.exists() and files != ["samples.png"]:
         raise InputError(f"--out {out} holds other files ({', '.join(files[:3])}): name a new folder")
-    stack.enter_context(folder_lock(out))
+    try:
+        stack.enter_context(folder_lock(out))
+    except OSError as e:
+        raise InputError(f"--out {out} can't be used ({e.strerror})") from e
     if not path.exists():
         return out, None
     try:
@@ -1963,30 +2049,30 @@ def continue_line(out):
 
 
 def load_inputs(run, before):
-    """Data and weights, and what `auto` and the defaults came to; a continued run keeps to its own."""
-    args = run.args
-    if before:
-        resolved = {"dataset": before["dataset_flag"], "weights": before["weights_flag"]}
-        resolved |= {k: before[k] for k in ("amp", "limit", "image_size")}
-        resolved["amp"] = choose_amp(resolved["amp"], run.device)
-    else:
-        resolved = {"dataset": args.dataset, "weights": args.weights, "amp": choose_amp(args.amp, run.device)}
-    data = load_data(resolved["dataset"], args.data_dir)
-    resolved["dataset"] = "digits" if data.name == "digits" else "emnist"
-    if not before:
-        default = CPU_RUN if run.device.type == "cpu" and data.name != "digits" else FULL_RUN
-        resolved |= {k: v if getattr(args, k) is None else getattr(args, k) for k, v in default.items()}
+    """(data, weights, what `auto` and the defaults came to); a resumed run keeps to what args.json says."""
+    args, known = run.args, before or {}
+    data = load_data(known.get("dataset_flag", args.dataset), args.data_dir)
+    default = CPU_RUN if run.device.type == "cpu" and data.name != "digits" else FULL_RUN
+    resolved = {k: v if getattr(args, k) is None else getattr(args, k) for k, v in default.items()}
+    resolved |= {k: known[k] for k in default if before}
+    resolved["amp"] = choose_amp(known.get("amp", args.amp), run.device)
+    spec = known.get("weights_flag", args.weights)
     try:
-        weights, weights_name = load_weights(resolved["weights"])
+        weights, weights_name = load_weights(spec)
     except DownloadError as e:
         if data.name != "digits":
             raise
-        banner(f"{e}\nGOING ON with random weights")
-        resolved["weights"], weights, weights_name = "none", None, "random"
-    settings = argparse.Namespace(**vars(args) | resolved)
-    split_data(data, settings)
-    check_batch_sizes(settings, len(data.labels["train"]), run.world)
-    return data, weights, weights_name, settings
+        banner(f"{e}\nCONTINUING WITH random weights")
+        spec, weights, weights_name = "none", None, "random"
+    run.settings = argparse.Namespace(**vars(args) | resolved)
+    split_data(data, run.settings)
+    check_batch_sizes(run.settings, len(data.labels["train"]), run.world)
+    resolved |= {"dataset": data.name, "weights": weights_name, "weights_flag": spec}
+    resolved["dataset_flag"] = "digits" if data.name == "digits" else "emnist"
+    changed = [f"{k} was {known[k]}, now {v}" for k, v in resolved.items() if before and known[k] != v]
+    if changed:
+        raise InputError(f"--out {run.out} can't be resumed: {'; '.join(changed)}")
+    return data, weights, resolved
 
 
 def check_batch_sizes(settings, n, world):
@@ -1995,36 +2081,21 @@ def check_batch_sizes(settings, n, world):
         for stage in stages_of(name, settings):
             smallest = n // math.ceil(n / stage.batch_size) // world
             if smallest < (2 if stage.trains != "fc" and settings.image_size == 32 else 1):
-                raise InputError(f"--batch-size: {smallest} images for a process and step are too few")
+                raise InputError(f"--batch-size: only {smallest} images per process and step, too few")
 
 
 def load_in_turn(run, before):
-    """load_inputs() on rank 0, which downloads what is missing; then on the first process of every other
-    node, which does so where its node has no such files; then on the rest. Writes args.json."""
-
-    def load(before=before):
-        run.inputs = data, weights, weights_name, settings = load_inputs(run, before)
-        now = {"dataset": data.name, "weights": weights_name, "amp": settings.amp}
-        changed = [f"{k} was {before[k]}, now {v}" for k, v in now.items() if before and before[k] != v]
-        if changed:
-            raise InputError(f"--out {run.out} can't be continued: {'; '.join(changed)}")
-        now |= {"dataset_flag": settings.dataset, "weights_flag": settings.weights}
-        return now | {k: getattr(settings, k) for k in FULL_RUN}
-
-    node = os.environ.get("GROUP_RANK", "0")
-    resolved = run.first("inputs", load)
-    if not run.main:
-        if os.environ.get("LOCAL_RANK", "0") != "0" and node != "0":
-            run.wait_for(f"inputs of node {node}")
-        load(resolved)
-        run.store.set(f"inputs of node {node}", "")
-    data, weights, weights_name, run.settings = run.inputs
+    """load_inputs() on rank 0, which downloads what is missing, then on the others: on another machine the
+    first to take the lock downloads. Writes args.json."""
+    inputs = load_inputs(run, before) if run.main else None
+    resolved = run.from_rank0("inputs", lambda: inputs[2])
+    data, weights, _ = inputs or load_inputs(run, resolved)
     if run.main and not before:
         draw_samples(run.out / "samples.png", data)
         content = {"arguments": vars(run.args), **resolved, "git_commit": git_commit()}
         content["torch"] = torch.__version__
         write_json(run.out / "args.json", content | {"checksum": checksum(content)})
-    return data, weights, weights_name
+    return data, weights, resolved["weights"]
 
 
 def finished_rows(out, regimes, before):
@@ -2036,13 +2107,15 @@ def finished_rows(out, regimes, before):
             try:
                 row = read_metrics(path)
                 if row.get("checksum", checksum(row)) != checksum(row):
-                    raise ValueError("its checksum does not fit")
+                    raise ValueError("its checksum does not match")
             except (OSError, ValueError) as e:
                 row = None
                 print(f"{path} is damaged ({one_line(e)}): the test is done again", flush=True)
         rows.append(row)
-    path = out / "comparison.md"
-    return rows, path.read_text().splitlines()[-1] if all(rows) and path.exists() else None
+    if not all(rows) or not (out / "comparison.json").exists():
+        return rows, None
+    label_rows(rows)
+    return rows, trade_off(rows)
 
 
 def train_all(run, data, weights, weights_name, rows):
@@ -2068,14 +2141,14 @@ def train_all(run, data, weights, weights_name, rows):
         run.say(f"\n{text}\nresults in {run.out}")
 
 
-def train(args):
+def run_training(args):
     """Training from the command line to the last line; exit status 0, 1, or 75 after a saved stop."""
     run = Run(args)
     with contextlib.ExitStack() as stack:
         if run.world > 1:
             stack.callback(dist.destroy_process_group)
-        run.out, before = run.first("out", lambda: open_out(args, stack))
-        rows, sentence = run.first("finished", lambda: finished_rows(run.out, args.regimes, before))
+        run.out, before = run.from_rank0("out", lambda: open_out(args, stack))
+        rows, sentence = run.from_rank0("finished", lambda: finished_rows(run.out, args.regimes, before))
         if sentence:
             run.say(f"all is done: {sentence}")
             return 0
@@ -2099,7 +2172,7 @@ def train(args):
 
 
 def failure(error):
-    """One line on stderr for what a user can mend; anything else keeps its traceback."""
+    """One line on stderr for what a user can fix; anything else keeps its traceback."""
     text = one_line(error, 400)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
         text = "out of memory: continue with --cache-gb 0, or take a smaller --batch-size and a new --out"
@@ -2108,7 +2181,7 @@ def failure(error):
     elif isinstance(error, RunFailed):
         text = str(error)
     elif "gloo" in text.lower() or "nccl" in text.lower() or isinstance(error, dist.DistError):
-        text = "another process of this run has ended, its own line says why"
+        text = f"another process of this run has ended, or the connection to it ({text})"
     elif not isinstance(error, OSError):
         raise error
     print(f"error: {text}", file=sys.stderr, flush=True)
@@ -2116,7 +2189,7 @@ def failure(error):
 
 
 def guard_streams():
-    """Nothing that is printed may end a run: stdout or stderr may be closed, or take only ASCII."""
+    """A closed stdout or stderr, or one that takes only ASCII, must not end a run."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -2129,7 +2202,15 @@ def main(argv=None):
     guard_streams()
     try:
         args = parse_args(argv)
-        work = compare if args.compare else evaluate if args.evaluate else predict if args.predict else train
+        work = (
+            compare
+            if args.compare
+            else evaluate
+            if args.evaluate
+            else predict
+            if args.predict
+            else run_training
+        )
         status = work(args)
         sys.stdout.flush()
         return status
