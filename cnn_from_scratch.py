@@ -35,6 +35,7 @@ import os
 import platform
 import shlex
 import socket
+import ssl
 import subprocess
 import time
 import warnings
@@ -544,7 +545,8 @@ def download_mnist(folder, raw, names):
     try:
         torchvision.datasets.MNIST(folder, download=True)  # tries its mirrors, compares checksums
     except Exception as e:  # whatever network, server, archive or folder may throw
-        if getattr(e, "errno", None) in FOLDER_ERRORS:  # an URLError's errno is None
+        # the errno of an URLError is None; an SSLError has one of its own numbering
+        if getattr(e, "errno", None) in FOLDER_ERRORS and not isinstance(e, ssl.SSLError):
             raise InputError(f"--data-dir: {raw} can't be written ({one_line(e)})") from e
         mirrors = " or ".join(torchvision.datasets.MNIST.mirrors)
         raise ConnectionError(
