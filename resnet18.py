@@ -908,9 +908,11 @@ def test_logits(run, data, inputs, head):
         return head(inputs("test", index))
 
     shape = (len(data.labels["test"]), len(data.classes))
-    # no trials of kernels, which may choose others in --evaluate
-    with torch.backends.cudnn.flags(benchmark=False, allow_tf32=False):
-        return in_batches(run, forward, shape, "test", run.poll).cpu()
+    trials = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False  # trials of kernels may end otherwise in --evaluate
+    logits = in_batches(run, forward, shape, "test", run.poll).cpu()
+    torch.backends.cudnn.benchmark = trials
+    return logits
 
 
 def write_test_files(run, folder, data, logits, title):
