@@ -8,6 +8,12 @@
     python resnet18.py --evaluate DIR/partial_unfreeze/best.pt --out DIR2
     python resnet18.py --predict photo.png --checkpoint DIR/partial_unfreeze/best.pt
 
+The last lines of a run (no flags: 12,000 images at 64 px; EMNIST ByClass 116k/16k re-split, approximate
+ImageNet weights, two cores of an AMD EPYC without bf16, torch 2.14, seed 0, nine minutes in all):
+
+    partial_unfreeze reaches 83.24% against 75.73% of linear_probe (+7.51 points, macro-F1 +10.31) for 11.5x
+    the training time, 0.5x the trained samples and 265x the trainable parameters.
+
 An image on its way (N images of a batch, S --image-size, K classes):
 
     image           uint8 [N, 28, 28]                          upright(), in memory, on the device
