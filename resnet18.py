@@ -2133,7 +2133,7 @@ def train_all(run, data, weights, weights_name, rows):
     dry = "DRY RUN, one batch: " if settings.dry_run else ""
     run.say(f"{dry}{data.name}: {train} training, {val} validation, {test} test images")
     recipe = f"{settings.image_size} px | {weights_name} weights | amp {settings.amp} | seed {settings.seed}"
-    run.say(f"{recipe} | {device_name(run.device)} | processes {run.world} | torch {torch.__version__}")
+    run.say(f"{recipe} | {device_name(run.device)} | torch {torch.__version__}, processes: {run.world}")
     if run.world > 1 and run.device.type == "cpu" and run.args.regimes != ["linear_probe"]:
         run.say("BatchNorm that trains sees each process's share of a step; its statistics are averaged")
     data.to(run.device)

@@ -462,7 +462,7 @@ PY
 
 point_7() { # the array and the merge
   local job regime dirs
-  job=$(submit --array=0-3 run_resnet.sbatch "${tiny[@]}" --limit 300 --dry-run)
+  job=$(submit --array=0-3 run_resnet.sbatch "${tiny[@]}" --limit 60 --epochs 1 --batch-size 32)
   finish "$job"
   for regime in linear_probe partial_unfreeze full gradual; do
     check "$regime" there "$P"/results/resnet18-*-"${job}_"?"/$regime/metrics.json"
