@@ -477,20 +477,21 @@ class Inputs:
             rate = count / spent["seconds"]
             run.say(f"features of {count:,} images: {duration(spent['seconds'])} ({rate:,.0f} images/s)")
         elif self.trains == "layer4" and self.fits(count):
-            side, amp = math.ceil(run.settings.image_size / 16), run.settings.amp
-            kind = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[amp]
             for name in names:
-                shape = (len(self.data.labels[name]), side, side, 256)
-                self.kept[name] = in_batches(
-                    run,
-                    lambda index, name=name: self.run_frozen(name, index).permute(0, 2, 3, 1),
-                    shape,
-                    f"cache, {name}",
-                    run.poll,
-                    dtype=kind,
-                )
+                self.kept[name] = self.layer3(name)
             timer("cache")
             run.say(f"layer3's output kept in memory: {duration(timer.progress['seconds']['cache'])}")
+
+    def layer3(self, name):
+        """layer3's output of a set, in channels_last's order: [n, h, w, 256]."""
+        side, amp = math.ceil(self.run.settings.image_size / 16), self.run.settings.amp
+        kind = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[amp]
+        shape = (len(self.data.labels[name]), side, side, 256)
+
+        def forward(index):
+            return self.run_frozen(name, index).permute(0, 2, 3, 1)
+
+        return in_batches(self.run, forward, shape, f"cache, {name}", self.run.poll, dtype=kind)
 
     def fits(self, count):
         """Whether layer3's output goes into memory."""
@@ -1107,16 +1108,17 @@ def estimate(run, stages, costs, sizes, image_size, features_left, state=None):
         frozen, step = costs[stage.trains]
         epochs = stage.epochs
         if state and number == begun:
-            epochs -= state.epoch + state.step / len(state.losses)
-            epochs = 0 if state.done else epochs
+            epochs = 0 if state.done else epochs - state.epoch - state.step / len(state.losses)
+        train_passes = val_passes = epochs  # through the frozen layers
         need = cache_bytes(train + val, image_size, run.settings.amp)
-        kept = stage.trains == "layer4" and need <= cache_limit(run) and run.world == 1
-        passes = min(1, math.ceil(epochs)) if kept else epochs  # a resumed run fills its cache again
         if stage.trains == "fc":
-            seconds += frozen * (min(1, math.ceil(epochs)) * features_left)
-            passes = 0
-            features_left = 0
-        seconds += frozen * (train * (epochs if run.settings.augment else passes) + val * passes)
+            seconds += frozen * features_left if epochs else 0
+            train_passes, val_passes, features_left = 0, 0, 0
+        elif stage.trains == "layer4" and need <= cache_limit(run) and run.world == 1:
+            train_passes = val_passes = 1 if epochs else 0  # a resumed run fills its cache again
+        if run.settings.augment:
+            train_passes = epochs
+        seconds += frozen * (train * train_passes + val * val_passes)
         seconds += epochs * (step * train + step / 3 * val)  # forward is about a third of a training step
     return seconds + (frozen + step / 3) * test
 
