@@ -1143,10 +1143,10 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         print("error: out of GPU memory, try a smaller --batch-size", file=sys.stderr)
         return 1
-    except (
-        OSError
-    ) as e:  # mostly of a print: the reader of a pipe has gone, as `head` does, or a disk is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter complains when it flushes stdout
+    except OSError as e:
+        # mostly of a print: the reader of a pipe has gone, as `head` does, or a disk is full; without this
+        # line the interpreter complains when it flushes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(e, BrokenPipeError):
             return 141  # what a shell shows for a program that SIGPIPE ended
         print(f"error: {one_line(e)}", file=sys.stderr)

@@ -2030,7 +2030,7 @@ def open_out(args, stack):
             before |= {"limit": old["limit"] or 0, "image_size": old["image_size"]}
             new = new | {"image_size": new["image_size"] or old["image_size"]}
         elif before["checksum"] != checksum(before):
-            raise ValueError("its checksum does not fit")
+            raise ValueError("its checksum does not match")
         for k in ("dataset", "weights", "amp", "dataset_flag", "weights_flag", "limit", "image_size"):
             if type(before[k]) is not (int if k in FULL_RUN else str):
                 raise TypeError(f"{k} is {before[k]!r}")
@@ -2097,9 +2097,16 @@ def check_batch_sizes(settings, n, world):
 def load_in_turn(run, before):
     """load_inputs() on rank 0, which downloads what is missing, then on the others: on another machine the
     first to take the lock downloads. Writes args.json."""
-    inputs = load_inputs(run, before) if run.main else None
-    resolved = run.from_rank0("inputs", lambda: inputs[2])
-    data, weights, _ = inputs or load_inputs(run, resolved)
+    inputs = []
+
+    def load():
+        inputs.extend(load_inputs(run, before))
+        return inputs[2]
+
+    resolved = run.from_rank0("inputs", load)
+    if not run.main:
+        inputs.extend(load_inputs(run, resolved))
+    data, weights, _ = inputs
     if run.main and not before:
         draw_samples(run.out / "samples.png", data)
         content = {"arguments": vars(run.args), **resolved, "git_commit": git_commit()}
@@ -2212,25 +2219,23 @@ def main(argv=None):
     guard_streams()
     try:
         args = parse_args(argv)
-        work = (
-            compare
-            if args.compare
-            else evaluate
-            if args.evaluate
-            else predict
-            if args.predict
-            else run_training
-        )
-        status = work(args)
+        if args.compare:
+            status = compare(args)
+        elif args.evaluate:
+            status = evaluate(args)
+        elif args.predict:
+            status = predict(args)
+        else:
+            status = run_training(args)
         sys.stdout.flush()
         return status
     except InputError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         return 2
-    except (
-        OSError
-    ) as e:  # mostly of a print: the reader of a pipe has gone, as `head` does, or a disk is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter complains when it flushes stdout
+    except OSError as e:
+        # mostly of a print: the reader of a pipe has gone, as `head` does, or a disk is full; without this
+        # line the interpreter complains when it flushes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141 if isinstance(e, BrokenPipeError) else failure(e)  # 141: as a shell shows SIGPIPE
     except (RuntimeError, MemoryError) as e:
         return failure(e)
