@@ -808,11 +808,11 @@ def above_paper(grey):
     """How far each pixel of [H, W] is from the paper around it: 0 the paper, 1 black; of light ink, white."""
     small = np.asarray(Image.fromarray(grey).reduce(4))  # fast, and less noise
     border = ring(small.shape, max(1, min(small.shape) * 6 // 100))
-    # ink is whatever differs most from its surroundings: a shadow's edge does so to both sides alike.
+    # ink is whatever differs most from its surroundings: a shadow's edge does so to both sides alike
     padded = np.pad(small, 7, constant_values=np.median(small[border]))
     if ((padded - ndimage.uniform_filter(padded, 51)) ** 3).sum() > 0:  # light ink
         grey, small = 255 - grey, 255 - small
-    # a closing that is wider than any stroke leaves the paper alone, with the edges of its shadows.
+    # a closing that is wider than any stroke leaves the paper alone, with the edges of its shadows
     paper = Image.fromarray(ndimage.grey_closing(small, 31))
     return 1 - grey / np.asarray(paper.resize(grey.shape[::-1], Image.Resampling.BILINEAR)).clip(1)
 
@@ -855,7 +855,7 @@ def find_ink(grey, name):
     rise = ndimage.morphological_gradient(dark, 25)
     threshold = otsu(dark)
     ink, paper = dark[dark > threshold], dark[dark <= threshold]
-    # shading grows slowly towards its darkest, ink at once; noise has no two classes.
+    # shading grows slowly towards its darkest, ink at once; noise has no two classes
     blank = (
         dark.max() < 0.08 or rise.max() < 0.7 * dark.max() or ink.mean() - paper.mean() < 3.5 * paper.std()
     )
@@ -970,8 +970,8 @@ def git_commit():
     """Short hash of the code's commit; GIT_COMMIT names it for a copy outside of a checkout."""
     call = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        named = os.environ.get("GIT_COMMIT")
-        return named or subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+        given = os.environ.get("GIT_COMMIT")
+        return given or subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
     return "unknown"
 
 

@@ -368,21 +368,28 @@ def split_at(model, trains, amp):
     return frozen, head
 
 
+def read_best(path):
+    """(model in evaluation mode, on the CPU; all that best.pt holds); InputError as load_model's."""
+    try:
+        best = read_tensors(path)
+        best["image_size"] = int(best["image_size"])
+        model = build_model(len(best["classes"]), None, 0)
+        model.load_state_dict(best["model"])
+        if not all(torch.isfinite(p).all() for p in model.state_dict().values()):
+            raise ValueError("a weight is not finite")
+        return model.eval(), best
+    except Exception as e:  # unpickling fails in many ways
+        raise InputError(f"{path} is not a best.pt of this script, or damaged ({one_line(e)})") from e
+
+
 def load_model(path):
     """A run's best.pt -> (model in evaluation mode, on the CPU; classes, a string; image size in pixels).
 
     logits = model(prepare(images, size)) for images uint8 [N, 28, 28], upright, light on dark. Raises
     InputError if the file is damaged or not a best.pt.
     """
-    try:
-        best = read_tensors(path)
-        model = build_model(len(best["classes"]), None, 0)
-        model.load_state_dict(best["model"])
-        if not all(torch.isfinite(p).all() for p in model.state_dict().values()):
-            raise ValueError("a weight is not finite")
-        return model.eval(), best["classes"], int(best["image_size"])
-    except Exception as e:  # unpickling fails in many ways
-        raise InputError(f"{path} is not a best.pt of this script, or damaged ({one_line(e)})") from e
+    model, best = read_best(path)
+    return model, best["classes"], best["image_size"]
 
 
 # ---------------------------------------------------------------------------------------------- frozen layers
@@ -426,10 +433,14 @@ def features(run, name, images, forward):
     return rows, seconds, cpu_seconds
 
 
-def cache_bytes(count, size, amp):
-    """Bytes of layer3's output, [count, side, side, 256]."""
+def layer3_shape(count, size):
+    """Of layer3's output in channels_last's order: [n, h, w, 256]."""
     side = math.ceil(size / 16)
-    return count * 256 * side * side * (4 if amp == "off" else 2)
+    return count, side, side, 256
+
+
+def cache_bytes(count, size, amp):
+    return math.prod(layer3_shape(count, size)) * (4 if amp == "off" else 2)
 
 
 def cache_limit(run):
@@ -483,10 +494,10 @@ class Inputs:
             run.say(f"layer3's output kept in memory: {duration(timer.progress['seconds']['cache'])}")
 
     def layer3(self, name):
-        """layer3's output of a set, in channels_last's order: [n, h, w, 256]."""
-        side, amp = math.ceil(self.run.settings.image_size / 16), self.run.settings.amp
-        kind = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[amp]
-        shape = (len(self.data.labels[name]), side, side, 256)
+        """layer3's output of a set: [n, h, w, 256]."""
+        settings = self.run.settings
+        kind = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.amp]
+        shape = layer3_shape(len(self.data.labels[name]), settings.image_size)
 
         def forward(index):
             return self.run_frozen(name, index).permute(0, 2, 3, 1)
@@ -1044,12 +1055,12 @@ def finish_regime(run, name, data, weights_name, trainer):
 
 def evaluate(args):
     """--evaluate best.pt: the test set with a checkpoint's weights; metrics and pictures in --out."""
-    model, classes, size = load_model(args.evaluate)
-    run = Run(args)
+    model, best = read_best(args.evaluate)
+    run, classes = Run(args), best["classes"]
     if run.world > 1:
         raise InputError("--evaluate runs in one process")
-    amp = read_tensors(args.evaluate).get("amp", "auto") if args.amp == "auto" else args.amp
-    settings = {"limit": 0, "image_size": size, "amp": choose_amp(amp, run.device)}  # as the run was tested
+    amp = choose_amp(best.get("amp", "auto") if args.amp == "auto" else args.amp, run.device)
+    settings = {"limit": 0, "image_size": best["image_size"], "amp": amp}  # as the run was tested
     run.settings = argparse.Namespace(**vars(args) | settings)
     out = Path(args.out or f"results/resnet18-evaluate-{datetime.now():%Y%m%d-%H%M%S}")
     make_folder(out)
@@ -1058,7 +1069,7 @@ def evaluate(args):
     data = load_digits() if len(classes) == 10 else load_emnist(args.data_dir)
     split_data(data, run.settings)
     data.to(run.device)
-    frozen, head = split_at(model.to(run.device, memory_format=layout(run.device)), "fc", settings["amp"])
+    frozen, head = split_at(model.to(run.device, memory_format=layout(run.device)), "fc", amp)
     logits, name = test_logits(run, data, Inputs(run, data, frozen, "fc"), head), Path(args.evaluate).name
     write_test_files(run, out, data, logits, name)
     figures = test_metrics(data.labels["test"].cpu(), logits, classes)
@@ -1144,15 +1155,16 @@ def plan(run, data, trainer, todo):
     fewer = run.args.limit is None and sizes[0] + sizes[1] < data.total
     smaller = run.args.image_size is None and settings.image_size < FULL_RUN["image_size"]
     if run.main and (fewer or smaller) and not settings.dry_run:
-        larger = (FULL_RUN["image_size"] / settings.image_size) ** 2
+        size = FULL_RUN["image_size"]
+        larger = (size / settings.image_size) ** 2
         costs = {trains: (frozen * larger, step * larger) for trains, (frozen, step) in costs.items()}
         sizes = 0.9 * data.total, 0.1 * data.total, sizes[2]
-        seconds = sum(estimate(run, stages[k], costs, sizes, 224, data.total) for k in todo)
+        seconds = sum(estimate(run, stages[k], costs, sizes, size, data.total) for k in todo)
         images = f"{min(settings.limit or data.total, data.total):,} of {data.total:,} images"
-        words = shlex.join([sys.argv[0], *own_words(), "--limit", "0", "--image-size", "224"])
+        words = shlex.join([sys.argv[0], *own_words(), "--limit", "0", "--image-size", str(size)])
         banner(
             f"NO GPU: this run takes {images}, at {settings.image_size} px.\n"
-            f"All of them at 224 px would take about {about(seconds)} here: python {words}"
+            f"All of them at {size} px would take about {about(seconds)} here: python {words}"
         )
     run.say(f"plan: {', '.join(texts)} on {device_name(run.device)}; less with early stopping")
 
@@ -1184,6 +1196,10 @@ def checksum(row):
     return hashlib.sha256(json.dumps(rest).encode()).hexdigest()[:16]
 
 
+def is_modified(row):
+    return row.get("checksum", checksum(row)) != checksum(row)  # an older version's has none
+
+
 def is_number(value):
     return type(value) in (int, float) and 0 <= value < 1e15  # neither NaN nor what overflows in a plot
 
@@ -1195,7 +1211,8 @@ def read_metrics(path):
         raise ValueError("it has no regime of this script")
     wrong = [k for k in ("dataset", "weights", "device", "amp") if not isinstance(row.get(k), str)]
     wrong += [k for k in NUMBERS if not is_number(row.get(k))]
-    wrong += [k for k in ("learning_rate",) if not is_number(row.get(k, 0))]  # older runs have neither
+    if not is_number(row.get("learning_rate", 0)):  # older runs have neither this nor the next
+        wrong.append("learning_rate")
     curve = row.get("val_accuracies", [])
     if wrong or not isinstance(curve, list) or not all(map(is_number, curve)):
         raise ValueError(f"{', '.join(wrong) or 'val_accuracies'} missing or of the wrong type")
@@ -1268,7 +1285,7 @@ def compare(args):
                 raise InputError(f"--compare: {path} is damaged or not of this script ({one_line(e)})") from e
             if row.get("dry_run"):
                 raise InputError(f"--compare: {path} comes from a dry run and means nothing")
-            if row.get("checksum", checksum(row)) != checksum(row):
+            if is_modified(row):
                 print(f"warning: {path} has been modified since the run wrote it", flush=True)
             rows.append(row)
     out = Path(args.out or f"results/resnet18-compare-{datetime.now():%Y%m%d-%H%M%S}")
@@ -1280,8 +1297,9 @@ def compare(args):
 
 # ---------------------------------------------------------------------------------------------- pictures
 
-BLUE, ORANGE = "#0072b2", "#d55e00"  # told apart by colour-blind readers too
+# told apart by colour-blind readers too
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+BLUE, ORANGE = COLOURS[:2]
 
 
 def new_figure(width, height, rows=1, columns=1, **kwargs):
@@ -1459,11 +1477,11 @@ def above_paper(grey):
     """How far each pixel of [H, W] is from the paper around it: 0 the paper, 1 black; of light ink, white."""
     small = np.asarray(Image.fromarray(grey).reduce(4))  # fast, and less noise
     border = ring(small.shape, max(1, min(small.shape) * 6 // 100))
-    # ink is whatever differs most from its surroundings: a shadow's edge does so to both sides alike.
+    # ink is whatever differs most from its surroundings: a shadow's edge does so to both sides alike
     padded = np.pad(small, 7, constant_values=np.median(small[border]))
     if ((padded - ndimage.uniform_filter(padded, 51)) ** 3).sum() > 0:  # light ink
         grey, small = 255 - grey, 255 - small
-    # a closing that is wider than any stroke leaves the paper alone, with the edges of its shadows.
+    # a closing that is wider than any stroke leaves the paper alone, with the edges of its shadows
     paper = Image.fromarray(ndimage.grey_closing(small, 31))
     return 1 - grey / np.asarray(paper.resize(grey.shape[::-1], Image.Resampling.BILINEAR)).clip(1)
 
@@ -1506,7 +1524,7 @@ def find_ink(grey, name):
     rise = ndimage.morphological_gradient(dark, 25)
     threshold = otsu(dark)
     ink, paper = dark[dark > threshold], dark[dark <= threshold]
-    # shading grows slowly towards its darkest, ink at once; noise has no two classes.
+    # shading grows slowly towards its darkest, ink at once; noise has no two classes
     blank = (
         dark.max() < 0.08 or rise.max() < 0.7 * dark.max() or ink.mean() - paper.mean() < 3.5 * paper.std()
     )
@@ -2123,7 +2141,7 @@ def finished_rows(out, regimes, before):
         if before and path.exists():
             try:
                 row = read_metrics(path)
-                if row.get("checksum", checksum(row)) != checksum(row):
+                if is_modified(row):
                     raise ValueError("its checksum does not match")
             except (OSError, ValueError) as e:
                 row = None

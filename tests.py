@@ -1336,10 +1336,12 @@ class Import(Case):
         self.say("silent, no file, no socket, no pyplot, no seed")
 
     def test_reading_is_the_same(self):
-        """Both scripts read photographs by the same lines: what is mended in one is mended in the other."""
-        for name in ("open_picture", "ring", "above_paper", "otsu", "choose_parts", "find_ink"):
+        """What stands in both scripts is the same: what is mended in one is mended in the other."""
+        reading = ("open_picture", "ring", "above_paper", "otsu", "choose_parts", "find_ink")
+        names = (*reading, "device_name", "git_commit", "duration")
+        for name in names:
             self.assertEqual(inspect.getsource(getattr(c, name)), inspect.getsource(getattr(r, name)), name)
-        self.say("six functions, the same to the letter")
+        self.say(f"{len(names)} functions, the same to the letter")
 
 
 # ---------------------------------------------------------------------------------------------- resnet18.py
