@@ -397,7 +397,9 @@ def load_model(path):
 
 def in_batches(run, forward, shape, what, poll, start=0, total=None, dtype=torch.float32):
     """forward(indices) for shape[0] images from `start` on, in batches, shared among the processes."""
-    rows, began, stop = torch.zeros(shape, dtype=dtype, device=run.device), time.monotonic(), start + shape[0]
+    order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    rows = torch.empty(shape, dtype=dtype, device=run.device, memory_format=order).zero_()
+    began, stop = time.monotonic(), start + shape[0]
     for first in range(start, stop, EVAL_BATCH * run.world):
         mine = min(first + run.rank * EVAL_BATCH, stop)
         index = torch.arange(mine, min(mine + EVAL_BATCH, stop), device=run.device)
@@ -413,30 +415,25 @@ def in_batches(run, forward, shape, what, poll, start=0, total=None, dtype=torch
 def features(run, name, images, forward):
     """forward(indices) [n, 512], kept in files of CHUNK images, so that a kill loses one; and their cost."""
     rows = torch.empty(len(images), 512, device=run.device)  # once: the official split's take 1.4 GB
-    folder, seconds, cpu_seconds = run.out / "features", 0.0, 0.0
+    folder, spent = run.out / "features", torch.zeros(2, dtype=torch.float64)
     if run.main:
         folder.mkdir(exist_ok=True)
     for start in range(0, len(images), CHUNK):
         path, stop = folder / f"{name}-{start // CHUNK:05d}.pt", min(start + CHUNK, len(images))
-        chunk = run.share(try_read(path, ["rows", "seconds"]) if run.main and path.exists() else None)
+        chunk = run.share(try_read(path, ["rows", "spent"]) if run.main and path.exists() else None)
         if chunk is None or chunk["rows"].shape != rows[start:stop].shape:
-            wall, cpu = time.perf_counter(), time.process_time()
-            shape, what = (stop - start, 512), f"features, {name}"
-            part = in_batches(run, forward, shape, what, run.poll, start, len(images))
-            chunk = {"rows": part.cpu(), "seconds": time.perf_counter() - wall}
-            chunk["cpu_seconds"] = time.process_time() - cpu
+            began, shape = clock(), (stop - start, 512)
+            part = in_batches(run, forward, shape, f"features, {name}", run.poll, start, len(images))
+            chunk = {"rows": part.cpu(), "spent": clock() - began}
             if run.main:
                 save_tensors(path, chunk)
         rows[start:stop] = chunk["rows"]
-        seconds += chunk["seconds"]
-        cpu_seconds += chunk.get("cpu_seconds", 0.0)  # an older version's files have none
-    return rows, seconds, cpu_seconds
+        spent += chunk["spent"]
+    return rows, spent
 
 
 def layer3_shape(count, size):
-    """Of layer3's output in channels_last's order: [n, h, w, 256]."""
-    side = math.ceil(size / 16)
-    return count, side, side, 256
+    return count, 256, math.ceil(size / 16), math.ceil(size / 16)
 
 
 def cache_bytes(count, size, amp):
@@ -466,42 +463,34 @@ class Inputs:
 
     def __call__(self, name, index, theta=None):
         """[N, 512] or [N, C, h, w] for the images `index` of a set."""
-        if name not in self.kept:
-            return self.run_frozen(name, index, theta)
-        x = self.kept[name][index]
-        return x if x.dim() == 2 else x.permute(0, 3, 1, 2)  # kept as channels_last, [n, h, w, 256]
+        return self.kept[name][index] if name in self.kept else self.run_frozen(name, index, theta)
 
     def compute(self, timer):
         """Fills `kept`; augmented training images are new in every epoch, so then validation's alone."""
         run, names = self.run, ["val"] if self.run.settings.augment else ["train", "val"]
         count = sum(len(self.data.labels[name]) for name in names)
         if self.trains == "fc":
-            spent = {"seconds": 0.0, "cpu_seconds": 0.0}
+            spent = 0
             for name in names:
                 forward = functools.partial(self.run_frozen, name)
-                self.kept[name], seconds, cpu = features(run, name, self.data.images[name], forward)
-                spent["seconds"] += seconds
-                spent["cpu_seconds"] += cpu
+                self.kept[name], cost = features(run, name, self.data.images[name], forward)
+                spent += cost
             timer("features")
-            for k, value in spent.items():  # what the files cost, whichever regime or start made them
-                timer.progress[k]["features"] = value
-            rate = count / spent["seconds"]
-            run.say(f"features of {count:,} images: {duration(spent['seconds'])} ({rate:,.0f} images/s)")
+            timer.spent["features"] = spent  # what the files cost, whichever regime or start made them
+            rate = count / spent[0]
+            run.say(f"features of {count:,} images: {duration(spent[0])} ({rate:,.0f} images/s)")
         elif self.trains == "layer4" and self.fits(count):
             for name in names:
                 self.kept[name] = self.layer3(name)
             timer("cache")
-            run.say(f"layer3's output kept in memory: {duration(timer.progress['seconds']['cache'])}")
+            run.say(f"layer3's output kept in memory: {duration(timer.spent['cache'][0])}")
 
     def layer3(self, name):
-        """layer3's output of a set: [n, h, w, 256]."""
+        """layer3's output of a set: [n, 256, h, w]."""
         settings = self.run.settings
         kind = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.amp]
         shape = layer3_shape(len(self.data.labels[name]), settings.image_size)
-
-        def forward(index):
-            return self.run_frozen(name, index).permute(0, 2, 3, 1)
-
+        forward = functools.partial(self.run_frozen, name)
         return in_batches(self.run, forward, shape, f"cache, {name}", self.run.poll, dtype=kind)
 
     def fits(self, count):
@@ -520,18 +509,21 @@ class Inputs:
 # ---------------------------------------------------------------------------------------------- training
 
 
-class Timer:
-    """Adds up wall and CPU seconds by what they went into, also over several starts of a run."""
+def clock():
+    """[wall, CPU] in seconds."""
+    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
-    def __init__(self, device, progress):
-        self.device, self.progress = device, progress
-        self.last = time.perf_counter(), time.process_time()
+
+class Timer:
+    """Adds up [wall, CPU] seconds by what they went into, also over several starts of a run."""
+
+    def __init__(self, device, spent):
+        self.device, self.spent, self.last = device, spent, clock()
 
     def __call__(self, what):
         synchronize(self.device)  # else the next phase would be charged for queued work
-        now = time.perf_counter(), time.process_time()
-        for k, before, after in zip(("seconds", "cpu_seconds"), self.last, now):
-            self.progress[k][what] = self.progress[k].get(what, 0.0) + after - before
+        now = clock()
+        self.spent[what] = self.spent.get(what, 0) + now - self.last
         self.last = now
 
 
@@ -540,27 +532,22 @@ def synchronize(device):
         getattr(torch, device.type).synchronize()  # torch.cuda, torch.mps
 
 
-NO_BEST = {"accuracy": -1.0, "epoch": 0, "number": 0, "tau": 0.0, "weights": None}
-
-
-def new_progress():
-    return {"seconds": {}, "cpu_seconds": {}, "history": [], "stages": [], "peak": 0}
-
-
 @dataclass
 class State:
     """How far a regime has got. With weights, optimizer and scaler it is what last.pt holds."""
 
+    sums: torch.Tensor  # of loss and hits over the epoch's steps
+    best: dict  # the best epoch on validation so far, of whichever stage, with its weights
     number: int = 0  # of the stage
     epoch: int = 0  # finished epochs of the stage
     step: int = 0  # finished steps of the epoch
-    done: bool = False  # the stage has ended, the model has the best weights
-    best: dict = field(default_factory=lambda: dict(NO_BEST))  # the best epoch so far, of whichever stage
     reference: float = -1.0  # validation accuracy at the last real progress
     stale: int = 0  # epochs since
-    losses: torch.Tensor = field(default_factory=lambda: torch.zeros(1))  # of the epoch's steps
-    hits: torch.Tensor = field(default_factory=lambda: torch.zeros(1))
-    progress: dict = field(default_factory=new_progress)  # of the whole regime
+    done: bool = False  # the stage has ended, the model has the best weights
+    peak: int = 0  # bytes; this and what follows is of the whole regime
+    spent: dict = field(default_factory=dict)  # by phase, a Timer's
+    history: list = field(default_factory=list)  # the rows of log.csv
+    stages: list = field(default_factory=list)  # summaries of the finished ones
 
 
 class Trainer:
@@ -568,14 +555,15 @@ class Trainer:
 
     def __init__(self, run, data, model, stages, folder):
         self.run, self.data, self.model, self.stages, self.folder = run, data, model, stages, folder
-        self.n, self.state = len(data.labels["train"]), State()
-        self.timer = Timer(run.device, self.state.progress)
-        self.published = None  # (stage, epoch) of the weights that best.pt holds
+        self.n = len(data.labels["train"])
+        best = {"accuracy": -1.0, "epoch": 0, "number": 0, "tau": 0.0, "weights": {}}
+        self.state = State(torch.zeros(2, device=run.device), best)
+        self.timer = Timer(run.device, self.state.spent)
         self.begin(0)
 
     def begin(self, number):
         """Stage `number`, from the weights that the model has."""
-        run, stage, previous = self.run, self.stages[number], self.state
+        run, stage = self.run, self.stages[number]
         self.ddp = None  # two DDP wrappers of one parameter would both sum its gradient
         self.stage, self.steps = stage, math.ceil(self.n / stage.batch_size)
         frozen, self.head = split_at(self.model, stage.trains, run.settings.amp)
@@ -585,11 +573,10 @@ class Trainer:
             self.params, lr=stage.lr, weight_decay=stage.weight_decay, fused=run.device.type != "mps"
         )
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.settings.amp == "fp16")
-        self.state = State(number, progress=previous.progress)
-        self.state.losses, self.state.hits = torch.zeros(2, self.steps, device=run.device)
-        if number:  # the model has the best weights so far: a stage that never does better ends with them
-            self.state.best = dict(previous.best)
-            self.state.best["weights"] = self.weights()
+        # the model has the best weights so far: a stage that never does better ends with them
+        best, sums = self.state.best | {"weights": self.weights()}, torch.zeros(2, device=run.device)
+        new = dict(epoch=0, step=0, reference=-1.0, stale=0, done=False)
+        self.state = replace(self.state, number=number, best=best, sums=sums, **new)
 
     def learning_rate(self):
         """1) linear warm-up from zero, 2) half a cosine down to zero."""
@@ -618,16 +605,15 @@ class Trainer:
             group["lr"] = self.learning_rate()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        # this process's share, which agree() turns into the sum
-        state.losses[state.step], state.hits[state.step] = loss.detach(), (logits.argmax(1) == y).sum()
+        sums = torch.stack([loss.detach(), (logits.argmax(1) == y).sum().float()])
         if run.world > 1:
-            self.agree(len(mine) / len(index))
+            self.agree(sums, len(mine) / len(index))
+        state.sums += sums
         state.step += 1
 
-    def agree(self, share):
-        """Sums loss and hits over the processes and, on CPUs, averages BatchNorm's statistics by share."""
-        step, state = self.state.step, self.state
-        tensors = [state.losses[step : step + 1], state.hits[step : step + 1]]
+    def agree(self, sums, share):
+        """Adds up sums over the processes and, on CPUs, averages BatchNorm's statistics by share."""
+        tensors = [sums]
         if self.run.device.type != "cuda":  # there SyncBatchNorm has the same statistics everywhere
             # a weighted mean over the processes: each one's share of it first, then the sum
             tensors += [b.mul_(share) for b in self.head.buffers() if b.is_floating_point()]
@@ -656,12 +642,14 @@ class Trainer:
                 raise
             run.say(f"{e}: this stage ends here, with the best weights so far")
             state.step, state.stale = 0, self.stage.patience
+            state.sums.zero_()
         self.model.load_state_dict(state.best["weights"], strict=False)
         state.done = True
         self.save()
         if state.epoch < self.stage.epochs:
-            stage = self.stages[state.best.get("number", state.number)].trains
-            back = f"epoch {state.best['epoch']}" + (f" of stage {stage}" if len(self.stages) > 1 else "")
+            back = f"epoch {state.best['epoch']}"
+            if len(self.stages) > 1:
+                back += f" of stage {self.stages[state.best['number']].trains}"
             run.say(f"early stop after epoch {state.epoch}: back to the weights of {back}")
         run.poll(self.save)
 
@@ -690,41 +678,44 @@ class Trainer:
     def step_line(self, began, first):
         state = self.state
         rate = (state.step - first) * self.n / self.steps / max(1e-9, time.monotonic() - began)
-        return (
-            f"epoch {state.epoch + 1:2d}/{self.stage.epochs} | step {state.step}/{self.steps} "
-            f"| loss {float(state.losses[state.step - 1]):.4f} | {rate:,.0f} images/s "
-            f"| eta {duration(self.eta())}"
-        )
+        loss = float(state.sums[0]) / state.step
+        place = f"epoch {state.epoch + 1:2d}/{self.stage.epochs} | step {state.step}/{self.steps}"
+        return f"{place} | loss {loss:.4f} | {rate:,.0f} images/s | eta {duration(self.eta())}"
 
     def finish_epoch(self):
         """Validation, early stopping, log line, checkpoint."""
-        state = self.state
-        loss, accuracy, tau = self.validate()
-        self.timer("validation")
+        state, labels = self.state, self.data.labels["val"].cpu()
+        logits = self.validate()
+        loss, accuracy = float(F.cross_entropy(logits, labels)), accuracy_of(logits, labels)
+        if not math.isfinite(loss):
+            raise Diverged(f"the validation loss is {loss} after epoch {state.epoch + 1}")
         better = accuracy > state.best["accuracy"]
         if better:
-            state.best = {"accuracy": accuracy, "epoch": state.epoch + 1, "number": state.number, "tau": tau}
-            state.best["weights"] = self.weights()
+            state.best = {"accuracy": accuracy, "epoch": state.epoch + 1, "number": state.number}
+            state.best |= {"tau": tune_tau(logits, labels, log_prior(self.data)), "weights": self.weights()}
+        self.timer("validation")
         state.stale += 1
         if accuracy > state.reference + MIN_DELTA:
             state.reference, state.stale = accuracy, 0
-        history, spent = state.progress["history"], state.progress["seconds"]
+        seconds = float(state.spent["steps"][0] + state.spent["validation"][0])
         row = {
             "stage": self.stage.trains,
             "epoch": state.epoch + 1,
-            "train_loss": float(state.losses.cpu().double().mean()),
-            "train_accuracy": float(state.hits.cpu().double().sum()) / self.n,
+            "train_loss": float(state.sums[0]) / self.steps,
+            "train_accuracy": float(state.sums[1]) / self.n,
             "val_loss": loss,
             "val_accuracy": accuracy,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "seconds": spent["steps"] + spent["validation"] - sum(row["seconds"] for row in history),
+            "seconds": seconds - sum(row["seconds"] for row in state.history),
             "best": int(better),
         }
-        history.append(row)
+        state.history.append(row)
         state.epoch, state.step = state.epoch + 1, 0
-        left = 0.0 if self.finished() else self.eta()
-        self.run.say(epoch_line(row, self.stage.epochs, left))
+        state.sums.zero_()
+        self.run.say(epoch_line(row, self.stage.epochs, 0.0 if self.finished() else self.eta()))
         self.save()
+        if self.run.main:
+            self.publish(better)
         self.run.poll(self.save)
 
     def eta(self):
@@ -737,28 +728,14 @@ class Trainer:
         return self.state.epoch >= self.stage.epochs or self.state.stale >= self.stage.patience
 
     def check_finite(self):
-        """Raises Diverged with the step's number; once an epoch and before a save, as it waits for a GPU."""
-        bad = (~torch.isfinite(self.state.losses[: self.state.step])).nonzero()
-        if len(bad):
-            loss, step = float(self.state.losses[bad[0]]), int(bad[0]) + 1
-            raise Diverged(f"the loss is {loss} at step {step}/{self.steps} of epoch {self.state.epoch + 1}")
+        """Raises Diverged; once an epoch and before a save, as it waits for a GPU."""
+        if not torch.isfinite(self.state.sums[0]):
+            raise Diverged(f"the loss is {float(self.state.sums[0])} in epoch {self.state.epoch + 1}")
 
     def validate(self):
-        """(loss, accuracy, best tau of the prior correction) on the validation set."""
-        self.head.eval()
-        y, width = self.data.labels["val"].cpu(), len(self.data.classes)
-
-        @torch.no_grad()
-        def forward(index):
-            return self.head(self.inputs("val", index))
-
+        """Logits of the validation set: [n, K] on the CPU."""
         poll = functools.partial(self.run.poll, self.save)
-        logits = in_batches(self.run, forward, (len(y), width), "validation", poll).cpu()
-        loss = float(F.cross_entropy(logits, y))
-        if not math.isfinite(loss):
-            raise Diverged(f"the validation loss is {loss} after epoch {self.state.epoch + 1}")
-        accuracy = float((logits.argmax(1) == y).double().mean())
-        return loss, accuracy, tune_tau(logits, y, log_prior(self.data))
+        return logits_of(self.run, self.data, self.inputs, self.head, "val", poll)
 
     def weights(self):
         """A copy of what trains, statistics included; the frozen rest is what --weights gave."""
@@ -766,55 +743,52 @@ class Trainer:
         return {k: v.detach().cpu().clone() for k, v in state.items() if k.startswith(names)}
 
     def save(self):
-        """last.pt, which alone decides where to go on; log.csv and best.pt follow from it."""
+        """last.pt, which alone decides where to go on."""
         run, state = self.run, self.state
         # after the last step of an epoch comes its validation, which may be stopped, too
         self.timer("steps" if state.step < self.steps else "validation")
         self.check_finite()  # a state that has diverged never replaces a good one
-        state.progress["peak"] = max(state.progress.get("peak", 0), peak_bytes(run.device))
+        state.peak = max(state.peak, peak_bytes(run.device))
         if run.main:
             last = vars(state) | {"weights": self.weights(), "optimizer": self.optimizer.state_dict()}
             last |= {"scaler": self.scaler.state_dict(), "in_memory": self.inputs.in_memory}
-            save_tensors(self.folder / "last.pt", last | {"arguments": vars(run.args)}, keep=True)
-            self.publish()
+            save_tensors(self.folder / "last.pt", last, keep=True)
         self.timer("checkpoint")
         run.saved_at = time.monotonic()
 
-    def publish(self):
+    def publish(self, better=True):
+        """log.csv and, where there is a better epoch, best.pt: both follow from the state."""
         state, settings = self.state, self.run.settings
-        write_csv(self.folder / "log.csv", state.progress["history"])
-        best_epoch = state.best.get("number", state.number), state.best["epoch"]
-        if self.published == best_epoch or state.best["weights"] is None:
-            return
-        model = {k: v.detach().cpu() for k, v in self.model.state_dict().items()} | state.best["weights"]
-        about = {"classes": self.data.classes, "image_size": settings.image_size, "amp": settings.amp}
-        about |= {k: state.best[k] for k in ("accuracy", "epoch")} | {"dataset": self.data.name}
-        save_tensors(self.folder / "best.pt", {"model": model, **about})
-        self.published = best_epoch
+        write_csv(self.folder / "log.csv", state.history)
+        if better:
+            best = {k: state.best[k] for k in ("accuracy", "epoch")} | {"dataset": self.data.name}
+            best |= {"classes": self.data.classes, "image_size": settings.image_size, "amp": settings.amp}
+            model = {k: v.detach().cpu() for k, v in self.model.state_dict().items()}
+            save_tensors(self.folder / "best.pt", best | {"model": model | state.best["weights"]})
+        self.timer("checkpoint")
 
     def load(self, last):
-        """Resumes from what last.pt holds; raises an exception if something is missing or differs."""
-        if not 0 <= last["number"] < len(self.stages):
-            raise ValueError(f"stage {last['number']}")
+        """Resumes from what last.pt holds; raises an exception if something is missing or does not fit."""
         self.begin(last["number"])
-        state = State(**{name: last[name] for name in vars(self.state)})
-        state.progress = new_progress() | state.progress  # an older run's has no CPU seconds
-        times = [*state.progress["seconds"].values(), *state.progress["cpu_seconds"].values()]
-        tables = [*state.progress["history"], *state.progress["stages"], state.best]
-        fits = state.losses.shape == state.hits.shape == (self.steps,)
-        fits = fits and 0 <= state.step <= self.steps and 0 <= state.epoch <= self.stage.epochs
-        fits = fits and last["weights"].keys() == self.weights().keys()
-        fits = fits and math.isfinite(sum(times) + state.best["accuracy"] + state.best["tau"])
-        fits = fits and all(isinstance(table, dict) for table in tables)
-        weights = [*last["weights"].values(), *(state.best["weights"] or {}).values()]
-        if not fits or not all(torch.isfinite(w).all() for w in weights):
+        state, new = State(**{name: last[name] for name in vars(self.state)}), self.state
+        fits = all(type(getattr(state, name)) is type(value) for name, value in vars(new).items())
+        fits = fits and 0 <= state.number and 0 <= state.epoch <= self.stage.epochs
+        fits = fits and 0 <= state.step <= self.steps and state.sums.shape == new.sums.shape
+        fits = fits and len(state.history) >= state.epoch and len(state.stages) >= state.number
+        fits = fits and state.best.keys() == new.best.keys() and last["in_memory"] in (None, True, False)
+        for weights in (last["weights"], state.best["weights"]):
+            fits = fits and weights.keys() == new.best["weights"].keys()
+            fits = fits and all(torch.isfinite(w).all() for w in weights.values())
+        if not fits:
             raise ValueError("it does not fit this regime")
-        state.losses, state.hits = state.losses.to(self.run.device), state.hits.to(self.run.device)
+        state.sums = state.sums.to(self.run.device)
         self.model.load_state_dict(last["weights"], strict=False)
         self.optimizer.load_state_dict(last["optimizer"])
         self.scaler.load_state_dict(last["scaler"])
         self.state, self.inputs.in_memory = state, last["in_memory"]
-        self.timer = Timer(self.run.device, state.progress)
+        self.timer = Timer(self.run.device, state.spent)
+        if self.run.main and state.history:
+            self.publish()  # a kill may have come between last.pt and these
 
     def summary(self):
         """What metrics.json says about a finished stage."""
@@ -845,7 +819,7 @@ def stages_of(name, settings):
 def resume(run, data, make_model, stages, folder):
     """The regime's trainer, continued from last.pt or the one before it, or else a new one."""
     for path in (folder / "last.pt", folder / "last.pt.prev"):
-        last = run.share(try_read(path, vars(State())) if run.main and path.exists() else None)
+        last = run.share(try_read(path, ["number"]) if run.main and path.exists() else None)
         if last is not None:
             trainer = Trainer(run, data, make_model(), stages, folder)
             try:
@@ -853,11 +827,8 @@ def resume(run, data, make_model, stages, folder):
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
                 run.say(f"{path} is not of this run or damaged ({one_line(e)}): not used")
                 continue
-            if run.main:
-                os.replace(
-                    path, folder / "last.pt"
-                )  # the one before it, where a kill or damage left no other
-                trainer.publish()
+            if run.main:  # the one before it becomes the last, where a kill or damage left no other
+                os.replace(path, folder / "last.pt")
             return trainer, True
     return Trainer(run, data, make_model(), stages, folder), False
 
@@ -871,18 +842,17 @@ def log_prior(data):
     return (counts / counts.sum()).log()
 
 
-def macro_f1(labels, predicted, k):
-    """As scikit-learn's, from the confusion counts: fast enough to call 21 times."""
-    counts = torch.bincount(labels * k + predicted, minlength=k * k).view(k, k).double()
-    both = counts.sum(0) + counts.sum(1)
-    return float((2 * counts.diagonal() / both.clamp(min=1))[both > 0].mean())
+def accuracy_of(logits, labels):
+    return float((logits.argmax(1) == labels).double().mean())
 
 
 def tune_tau(logits, labels, prior):
     """Strength of the logit adjustment (Menon et al. 2021, arXiv 2007.07314; logits - tau * log prior) with
     the best macro-F1 on validation."""
     taus = [t / 20 for t in range(21)]
-    return max(taus, key=lambda tau: macro_f1(labels, (logits - tau * prior).argmax(1), len(prior)))
+    guesses = [(logits - tau * prior).argmax(1) for tau in taus]
+    scores = [metrics.f1_score(labels, guess, average="macro", zero_division=0) for guess in guesses]
+    return taus[int(np.argmax(scores))]
 
 
 def test_metrics(labels, logits, classes):
@@ -903,33 +873,30 @@ def test_metrics(labels, logits, classes):
     }
 
 
-def per_class(confusion, classes):
+def per_class(labels, predicted, confusion, classes):
     """Images, precision, recall, F1 and most frequent error of every class."""
-    rows = []
-    for k, name in enumerate(classes):
-        right, images, predicted = int(confusion[k, k]), int(confusion[k].sum()), int(confusion[:, k].sum())
-        errors = np.where(np.arange(len(classes)) == k, 0, confusion[k])
-        row = {"class": name, "images": images, "errors": images - right}
-        row["precision"], row["recall"] = right / max(1, predicted), right / max(1, images)
-        row["f1"] = 2 * right / max(1, images + predicted)
-        row["most_confused_with"] = classes[errors.argmax()] if errors.any() else ""
-        rows.append(row)
+    every, rows = range(len(classes)), []
+    figures = metrics.precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0)
+    errors = confusion - np.diag(np.diag(confusion))
+    for k, (precision, recall, f1, images) in enumerate(zip(*figures)):
+        row = {"class": classes[k], "images": int(images), "errors": int(errors[k].sum())}
+        row |= {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
+        rows.append(row | {"most_confused_with": classes[errors[k].argmax()] if errors[k].any() else ""})
     return rows
 
 
-def test_logits(run, data, inputs, head):
-    """Logits of the test set: [n, K] on the CPU."""
+def logits_of(run, data, inputs, head, name, poll):
+    """Logits of the validation or the test set: [n, K] on the CPU."""
     head.eval()
+    trials, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
 
     @torch.no_grad()
     def forward(index):
-        return head(inputs("test", index))
+        return head(inputs(name, index))
 
-    shape = (len(data.labels["test"]), len(data.classes))
-    trials = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False  # trials of kernels may end otherwise in --evaluate
-    logits = in_batches(run, forward, shape, "test", run.poll).cpu()
-    torch.backends.cudnn.benchmark = trials
+    shape = len(data.labels[name]), len(data.classes)
+    logits = in_batches(run, forward, shape, name, poll).cpu()
+    torch.backends.cudnn.benchmark = trials  # off above: trials of kernels may end otherwise in --evaluate
     return logits
 
 
@@ -938,11 +905,10 @@ def write_test_files(run, folder, data, logits, title):
     labels, predicted, classes = data.labels["test"].cpu(), logits.argmax(1), data.classes
     confusion = metrics.confusion_matrix(labels, predicted, labels=range(len(classes)))
     if run.main:
-        write_csv(folder / "per_class.csv", per_class(confusion, classes))
+        write_csv(folder / "per_class.csv", per_class(labels, predicted, confusion, classes))
         counts = [{"true": c, **dict(zip(classes, row))} for c, row in zip(classes, confusion.tolist())]
         write_csv(folder / "confusion.csv", counts)
-        heading = f"{title}, {data.name}, test set"
-        draw_confusion(folder / "confusion.png", confusion, classes, heading)
+        draw_confusion(folder / "confusion.png", confusion, classes, f"{title}, {data.name}, test set")
     run.poll()
     if run.main:
         draw_top_confusions(folder / "confusions_top.png", confusion, data, predicted, title)
@@ -986,95 +952,100 @@ def run_regime(run, name, data, weights, weights_name, todo):
             place = f"epoch {state.epoch + 1}, after step {state.step} of {trainer.steps}"
             run.say(f"{name}: continuing in {place}")
         else:
-            training = sum(p.numel() for p in trainer.params)
-            total = sum(p.numel() for p in trainer.model.parameters())
+            training, total = (
+                sum(p.numel() for p in ps) for ps in (trainer.params, trainer.model.parameters())
+            )
             recipe = f"batch size {stage.batch_size}, lr {stage.lr:g}"
             run.say(f"{name}: {training:,} of {total:,} parameters train, {recipe}")
         resumed = False
         trainer.train()
-        if len(trainer.state.progress["stages"]) == number:
-            trainer.state.progress["stages"].append(trainer.summary())
+        if len(state.stages) == number:
+            state.stages.append(trainer.summary())
     return finish_regime(run, name, data, weights_name, trainer)
 
 
 def finish_regime(run, name, data, weights_name, trainer):
     """The test set, once, with the best weights; then tables and pictures; metrics.json comes last."""
-    folder, state, settings, timer = trainer.folder, trainer.state, run.settings, trainer.timer
-    progress, seconds = state.progress, state.progress["seconds"]
+    folder, state, timer = trainer.folder, trainer.state, trainer.timer
     timer("checkpoint")
-    seconds["test"] = 0.0  # what an earlier start spent on a test that it did not finish does not count
-    logits, labels = test_logits(run, data, trainer.inputs, trainer.head), data.labels["test"].cpu()
+    state.spent.pop("test", None)  # what an earlier start spent on a test that it did not finish
+    logits = logits_of(run, data, trainer.inputs, trainer.head, "test", run.poll)
     timer("test")
-    title = name + (" (dry run)" if settings.dry_run else "")
+    title = name + (" (dry run)" if run.settings.dry_run else "")
     if run.main:
-        draw_curves(folder / "curves.png", progress["history"], title)
+        draw_curves(folder / "curves.png", state.history, title)
     write_test_files(run, folder, data, logits, title)
     timer("pictures")
     if not run.main:
         return None
-    stages, last, tau = progress["stages"], progress["stages"][-1], state.best["tau"]
+    row = about_run(run, data, weights_name) | training_figures(name, trainer)
+    labels, corrected = data.labels["test"].cpu(), logits - state.best["tau"] * log_prior(data)
+    row |= test_metrics(labels, logits, data.classes)
+    row["prior_corrected"] = {"tau": state.best["tau"], **test_metrics(labels, corrected, data.classes)}
+    write_json(folder / "metrics.json", row | {"checksum": checksum(row)})
+    (folder / "last.pt.prev").unlink(missing_ok=True)
+    run.say(
+        f"{title}: test accuracy {row['test_accuracy']:.2%}, macro-F1 {row['test_f1_macro']:.4f}, top-5 "
+        f"{row['test_top5']:.2%} (once, with the best epoch's weights); training "
+        f"{duration(row['train_seconds'])}, in all {duration(row['total_seconds'])}"
+    )
+    return row
+
+
+def training_figures(name, trainer):
+    """The keys of metrics.json on the training and its cost."""
+    state, settings, last = trainer.state, trainer.run.settings, trainer.state.stages[-1]
+    seconds = {phase: float(wall) for phase, (wall, _) in state.spent.items()}
+    # of this process: far less than cores x train_seconds shows a run that other work disturbed
+    cpu_seconds = sum(float(state.spent[phase][1]) for phase in TRAINING if phase in seconds)
     training = sum(seconds.get(phase, 0.0) for phase in TRAINING)
-    samples = sum(s["epochs_run"] * s["samples_per_epoch"] for s in stages)
-    corrected = test_metrics(labels, logits - tau * log_prior(data), data.classes)
-    row = {
+    samples = sum(s["epochs_run"] * s["samples_per_epoch"] for s in state.stages)
+    return {
         "regime": name,
-        **about_run(run, data, weights_name),
         "seed": settings.seed,
         "augment": settings.augment,
         "limit": settings.limit or None,
         "learning_rate": last["lr"],
-        "epochs_run": sum(s["epochs_run"] for s in stages),
-        "max_epochs": sum(s["epochs"] for s in stages),
+        "epochs_run": sum(s["epochs_run"] for s in state.stages),
+        "max_epochs": sum(s["epochs"] for s in state.stages),
         "early_stopped": last["early_stopped"],
         "samples_per_epoch": trainer.n,
         "update_budget": samples,
         "trainable_params": last["trainable_params"],
         "total_params": sum(p.numel() for p in trainer.model.parameters()),
         "train_seconds": training,
-        # of this process: far less than cores x train_seconds shows a run that other work disturbed
-        "train_cpu_seconds": sum(progress["cpu_seconds"].get(phase, 0.0) for phase in TRAINING),
+        "train_cpu_seconds": cpu_seconds,
         "total_seconds": sum(seconds.values()),
         "seconds": seconds,
         "images_per_second": samples / training,
-        "peak_memory_bytes": progress["peak"],
+        "peak_memory_bytes": state.peak,
         "val_accuracy": state.best["accuracy"],
-        **test_metrics(labels, logits, data.classes),
-        "stages": stages,
-        "prior_corrected": {"tau": tau, **corrected},
-        "val_accuracies": [epoch["val_accuracy"] for epoch in progress["history"]],
+        "val_accuracies": [epoch["val_accuracy"] for epoch in state.history],
+        "stages": state.stages,
     }
-    write_json(folder / "metrics.json", row | {"checksum": checksum(row)})
-    (folder / "last.pt.prev").unlink(missing_ok=True)
-    run.say(
-        f"{title}: test accuracy {row['test_accuracy']:.2%}, macro-F1 {row['test_f1_macro']:.4f}, top-5 "
-        f"{row['test_top5']:.2%} (once, with the best epoch's weights); training {duration(training)}, "
-        f"in all {duration(row['total_seconds'])}"
-    )
-    return row
 
 
 def evaluate(args):
     """--evaluate best.pt: the test set with a checkpoint's weights; metrics and pictures in --out."""
     model, best = read_best(args.evaluate)
-    run, classes = Run(args), best["classes"]
+    run, classes, name = Run(args), best["classes"], Path(args.evaluate).name
     if run.world > 1:
         raise InputError("--evaluate runs in one process")
     amp = choose_amp(best.get("amp", "auto") if args.amp == "auto" else args.amp, run.device)
     settings = {"limit": 0, "image_size": best["image_size"], "amp": amp}  # as the run was tested
     run.settings = argparse.Namespace(**vars(args) | settings)
-    out = Path(args.out or f"results/resnet18-evaluate-{datetime.now():%Y%m%d-%H%M%S}")
-    make_folder(out)
+    out = make_folder(args.out or f"results/resnet18-evaluate-{datetime.now():%Y%m%d-%H%M%S}")
     if (out / "args.json").exists() or (out / "last.pt").exists():
         raise InputError(f"--out {out} is a run's own folder: name a new one")
     data = load_digits() if len(classes) == 10 else load_emnist(args.data_dir)
     split_data(data, run.settings)
     data.to(run.device)
     frozen, head = split_at(model.to(run.device, memory_format=layout(run.device)), "fc", amp)
-    logits, name = test_logits(run, data, Inputs(run, data, frozen, "fc"), head), Path(args.evaluate).name
+    logits = logits_of(run, data, Inputs(run, data, frozen, "fc"), head, "test", run.poll)
     write_test_files(run, out, data, logits, name)
-    figures = test_metrics(data.labels["test"].cpu(), logits, classes)
-    write_json(out / "metrics.json", {"checkpoint": args.evaluate, **about_run(run, data, name), **figures})
-    accuracy, f1 = figures["test_accuracy"], figures["test_f1_macro"]
+    row = test_metrics(data.labels["test"].cpu(), logits, classes)
+    write_json(out / "metrics.json", {"checkpoint": args.evaluate, **about_run(run, data, name), **row})
+    accuracy, f1 = row["test_accuracy"], row["test_f1_macro"]
     run.say(f"{name}: test accuracy {accuracy:.2%}, macro-F1 {f1:.4f} ({data.name}); results in {out}")
     return 0
 
@@ -1089,26 +1060,18 @@ def time_per_image(run, data, model, trains):
     head.train()
     n = max(4, min(128, 400_000 // size**2)) if run.device.type == "cpu" else 128
     index = torch.arange(n, device=run.device) % len(data.labels["train"])
-    images, labels = data.images["train"][index], data.labels["train"][index]
-
-    @torch.no_grad()
-    def forward():
-        return frozen(prepare(images, size))
-
-    def step(x):
+    images, labels, times = data.images["train"][index], data.labels["train"][index], []
+    for _ in range(3):  # the first one also sets up kernels
+        run.poll()
+        began = time.perf_counter()
+        with torch.no_grad():
+            x = frozen(prepare(images, size))
+        synchronize(run.device)
+        middle = time.perf_counter()
         F.cross_entropy(head(x), labels).backward()
-
-    seconds = []
-    for work in (forward, functools.partial(step, forward())):
-        times = []
-        for _ in range(3):  # the first one also sets up kernels
-            run.poll()
-            began = time.perf_counter()
-            work()
-            synchronize(run.device)
-            times.append(time.perf_counter() - began)
-        seconds.append(min(times) / n / run.world)
-    return seconds
+        synchronize(run.device)
+        times.append((middle - began, time.perf_counter() - middle))
+    return [min(seconds) / n / run.world for seconds in zip(*times)]
 
 
 def estimate(run, stages, costs, sizes, image_size, features_left, state=None):
@@ -1116,20 +1079,19 @@ def estimate(run, stages, costs, sizes, image_size, features_left, state=None):
     train, val, test = sizes
     seconds, begun = 0.0, state.number if state else 0
     for number, stage in enumerate(stages[begun:], begun):
-        frozen, step = costs[stage.trains]
-        epochs = stage.epochs
+        (frozen, step), epochs = costs[stage.trains], stage.epochs
         if state and number == begun:
-            epochs = 0 if state.done else epochs - state.epoch - state.step / len(state.losses)
-        train_passes = val_passes = epochs  # through the frozen layers
-        need = cache_bytes(train + val, image_size, run.settings.amp)
+            epochs = 0 if state.done else epochs - state.epoch
+        passes = [epochs, epochs]  # of the training and validation set through the frozen layers
+        fits = cache_bytes(train + val, image_size, run.settings.amp) <= cache_limit(run)
         if stage.trains == "fc":
             seconds += frozen * features_left if epochs else 0
-            train_passes, val_passes, features_left = 0, 0, 0
-        elif stage.trains == "layer4" and need <= cache_limit(run) and run.world == 1:
-            train_passes = val_passes = 1 if epochs else 0  # a resumed run fills its cache again
+            passes, features_left = [0, 0], 0
+        elif stage.trains == "layer4" and fits and run.world == 1:
+            passes = [min(1, epochs)] * 2  # a resumed run fills its cache again
         if run.settings.augment:
-            train_passes = epochs
-        seconds += frozen * (train * train_passes + val * val_passes)
+            passes[0] = epochs
+        seconds += frozen * (passes[0] * train + passes[1] * val)
         seconds += epochs * (step * train + step / 3 * val)  # forward is about a third of a training step
     return seconds + (frozen + step / 3) * test
 
@@ -1143,21 +1105,21 @@ def plan(run, data, trainer, todo):
     costs = {trains: time_per_image(run, data, trainer.model, trains) for trains in every}
     sizes = [len(data.labels[name]) for name in ("train", "val", "test")]
     on_disk = len(list((run.out / "features").glob("*.pt"))) * CHUNK
-    features_left = max(0, sizes[0] + sizes[1] - on_disk)
-    texts = []
+    left, texts = max(0, sizes[0] + sizes[1] - on_disk), []
     for name in todo:
         state = trainer.state if name == todo[0] else None
-        seconds = estimate(run, stages[name], costs, sizes, settings.image_size, features_left, state)
+        seconds = estimate(run, stages[name], costs, sizes, settings.image_size, left, state)
         texts.append(f"{name} about {about(seconds)}")
         if any(stage.trains == "fc" for stage in stages[name]):
-            features_left = 0  # the next regime finds them on the disk
+            left = 0  # the next regime finds them on the disk
     trainer.timer("plan")
+    run.say(f"plan: {', '.join(texts)} on {device_name(run.device)}; less with early stopping")
     fewer = run.args.limit is None and sizes[0] + sizes[1] < data.total
     smaller = run.args.image_size is None and settings.image_size < FULL_RUN["image_size"]
     if run.main and (fewer or smaller) and not settings.dry_run:
         size = FULL_RUN["image_size"]
         larger = (size / settings.image_size) ** 2
-        costs = {trains: (frozen * larger, step * larger) for trains, (frozen, step) in costs.items()}
+        costs = {trains: [larger * cost for cost in costs[trains]] for trains in costs}
         sizes = 0.9 * data.total, 0.1 * data.total, sizes[2]
         seconds = sum(estimate(run, stages[k], costs, sizes, size, data.total) for k in todo)
         images = f"{min(settings.limit or data.total, data.total):,} of {data.total:,} images"
@@ -1166,11 +1128,11 @@ def plan(run, data, trainer, todo):
             f"NO GPU: this run takes {images}, at {settings.image_size} px.\n"
             f"All of them at {size} px would take about {about(seconds)} here: python {words}"
         )
-    run.say(f"plan: {', '.join(texts)} on {device_name(run.device)}; less with early stopping")
 
 
 # ---------------------------------------------------------------------------------------------- comparison
 
+TEXTS = ("regime", "dataset", "weights", "device", "amp")
 NUMBERS = (
     *("image_size", "seed", "processes", "trainable_params", "epochs_run", "samples_per_epoch"),
     *("update_budget", "train_seconds", "total_seconds", "test_accuracy", "test_f1_macro"),
@@ -1196,28 +1158,15 @@ def checksum(row):
     return hashlib.sha256(json.dumps(rest).encode()).hexdigest()[:16]
 
 
-def is_modified(row):
-    return row.get("checksum", checksum(row)) != checksum(row)  # an older version's has none
-
-
-def is_number(value):
-    return type(value) in (int, float) and 0 <= value < 1e15  # neither NaN nor what overflows in a plot
-
-
 def read_metrics(path):
-    """A regime's metrics.json; ValueError if what a comparison needs is damaged or not there."""
+    """A regime's metrics.json; ValueError if it is damaged, changed or lacks what a comparison needs."""
     row = json.loads(path.read_bytes())
-    if not isinstance(row, dict) or row.get("regime") not in REGIMES:
-        raise ValueError("it has no regime of this script")
-    wrong = [k for k in ("dataset", "weights", "device", "amp") if not isinstance(row.get(k), str)]
-    wrong += [k for k in NUMBERS if not is_number(row.get(k))]
-    if not is_number(row.get("learning_rate", 0)):  # older runs have neither this nor the next
-        wrong.append("learning_rate")
-    curve = row.get("val_accuracies", [])
-    if wrong or not isinstance(curve, list) or not all(map(is_number, curve)):
-        raise ValueError(f"{', '.join(wrong) or 'val_accuracies'} missing or of the wrong type")
-    if min(row["train_seconds"], row["trainable_params"], row["update_budget"]) <= 0:
-        raise ValueError("there is no training in it")
+    if not isinstance(row, dict) or row.get("checksum", checksum(row)) != checksum(row):  # older: none
+        raise ValueError("it has been changed since the run wrote it")
+    wrong = [k for k in TEXTS if not isinstance(row.get(k), str)]
+    wrong += [k for k in NUMBERS if type(row.get(k)) not in (int, float) or not 0 <= row[k] < 1e15]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} missing or of the wrong type")
     return row
 
 
@@ -1253,22 +1202,23 @@ def write_comparison(folder, rows):
     """comparison.json, comparison.md and comparison.png from the rows that metrics.json files hold."""
     label_rows(rows)
     head = "regime | hardware | accuracy | macro-F1 | trainable (M) | epochs x samples | training | in all"
-    table = [head.split(" | "), ["---"] * 8]
+    table = [head, " | ".join(["---"] * 8)]
     for r in rows:
         processes = f", {r['processes']} processes" if r["processes"] > 1 else ""
-        quality = [f"{r['test_accuracy']:.2%}", f"{r['test_f1_macro']:.4f}"]
-        cost = [f"{r['trainable_params'] / 1e6:.3f}", f"{r['epochs_run']} x {r['samples_per_epoch']:,}"]
-        times = [duration(r["train_seconds"]), duration(r["total_seconds"])]
-        table.append([r["label"], f"{r['device']}, {r['amp']}{processes}", *quality, *cost, *times])
-    lines = ["| " + " | ".join(cells) + " |" for cells in table]
+        table.append(
+            f"{r['label']} | {r['device']}, {r['amp']}{processes} | {r['test_accuracy']:.2%} "
+            f"| {r['test_f1_macro']:.4f} | {r['trainable_params'] / 1e6:.3f} "
+            f"| {r['epochs_run']} x {r['samples_per_epoch']:,} "
+            f"| {duration(r['train_seconds'])} | {duration(r['total_seconds'])}"
+        )
     about = dict.fromkeys(f"{r['dataset']}; {r['weights']} weights; {r['image_size']} px" for r in rows)
     dry = "DRY RUN, one batch: these numbers say nothing. " if any(r.get("dry_run") for r in rows) else ""
     sentence = dry + trade_off(rows)
-    text = "\n".join([f"{dry}Test set of {' / '.join(about)}.", "", *lines, "", sentence, ""])
+    lines = [f"{dry}Test set of {' / '.join(about)}.", "", *(f"| {row} |" for row in table), "", sentence, ""]
     draw_comparison(folder / "comparison.png", rows, dry)
-    write_bytes(folder / "comparison.md", text.encode())
+    write_bytes(folder / "comparison.md", "\n".join(lines).encode())
     write_json(folder / "comparison.json", {"rows": rows, "trade_off": sentence})
-    return text
+    return "\n".join(lines)
 
 
 def compare(args):
@@ -1280,16 +1230,12 @@ def compare(args):
             raise InputError(f"--compare {folder}: no metrics.json, no regime has finished there")
         for path in paths:
             try:
-                row = read_metrics(path)
+                rows.append(read_metrics(path))
             except (OSError, ValueError) as e:
                 raise InputError(f"--compare: {path} is damaged or not of this script ({one_line(e)})") from e
-            if row.get("dry_run"):
+            if rows[-1].get("dry_run"):
                 raise InputError(f"--compare: {path} comes from a dry run and means nothing")
-            if is_modified(row):
-                print(f"warning: {path} has been modified since the run wrote it", flush=True)
-            rows.append(row)
-    out = Path(args.out or f"results/resnet18-compare-{datetime.now():%Y%m%d-%H%M%S}")
-    make_folder(out)
+    out = make_folder(args.out or f"results/resnet18-compare-{datetime.now():%Y%m%d-%H%M%S}")
     print(write_comparison(out, sorted(rows, key=lambda r: r["train_seconds"])))
     print(f"in {out}: comparison.md, comparison.json, comparison.png")
     return 0
@@ -1302,8 +1248,10 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 BLUE, ORANGE = COLOURS[:2]
 
 
-def new_figure(width, height, rows=1, columns=1, **kwargs):
+def new_figure(width, height, rows=1, columns=1, title="", **kwargs):
     figure = Figure(figsize=(width, height), layout="constrained")
+    if title:
+        figure.suptitle(title)
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
@@ -1314,10 +1262,17 @@ def save_figure(figure, path):
 
 
 def show_images(axes, images):
-    for ax, image in zip(axes, images):
-        ax.imshow(image.cpu().numpy(), cmap="gray", vmin=0, vmax=255)
     for ax in axes:
         ax.set_axis_off()
+    for ax, image in zip(axes, images):
+        ax.imshow(image.cpu().numpy(), cmap="gray", vmin=0, vmax=255)
+
+
+def finish_axes(ax, **labels):
+    ax.set(**labels)
+    if labels["xlabel"] == "epoch":
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=0.3)
 
 
 def draw_samples(path, data):
@@ -1327,41 +1282,36 @@ def draw_samples(path, data):
         images, labels = torch.cat([upright(images[:10]), images]), torch.cat([labels[:10], labels])
         title += "; top row: as the files hold those of the second row (transposed)"
     rows = math.ceil(len(images) / 10)
-    figure, axes = new_figure(10, 1.1 * rows, rows, 10)
-    show_images(list(axes.flat), images)
+    figure, axes = new_figure(10, 1.1 * rows, rows, 10, f"{data.name}: {title}")
+    show_images(axes.flat, images)
     for ax, label in zip(axes.flat, labels):
         ax.set_title(data.classes[label], fontsize=12)
-    figure.suptitle(f"{data.name}: {title}")
     save_figure(figure, path)
 
 
 def draw_curves(path, history, title):
-    figure, axes = new_figure(10, 3.8, 1, 2)
-    epochs = range(1, len(history) + 1)
-    for ax, what, scale in zip(axes[0], ("loss", "accuracy"), (1, 100)):
+    stages = [row["stage"] for row in history]
+    heading = f"{title}: {' | '.join(dict.fromkeys(stages))}" if len(set(stages)) > 1 else title
+    figure, axes = new_figure(10, 3.8, 1, 2, heading)
+    for ax, what, scale, unit in zip(axes[0], ("loss", "accuracy"), (1, 100), ("", " (%)")):
         for name, label, colour, style in (
             ("train", "training", BLUE, "o--"),
             ("val", "validation", ORANGE, "s-"),
         ):
             values = [row[f"{name}_{what}"] * scale for row in history]
-            ax.plot(epochs, values, style, color=colour, label=label, ms=4)
-        for i in range(1, len(history)):
-            if history[i]["stage"] != history[i - 1]["stage"]:
-                ax.axvline(i + 0.5, color="gray", lw=1)
-        ax.set(xlabel="epoch", ylabel="accuracy (%)" if what == "accuracy" else what)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.grid(alpha=0.3)
+            ax.plot(range(1, len(values) + 1), values, style, color=colour, label=label, ms=4)
+        for k in range(1, len(stages)):
+            if stages[k] != stages[k - 1]:
+                ax.axvline(k + 0.5, color="gray", lw=1)
+        finish_axes(ax, xlabel="epoch", ylabel=what + unit)
         ax.legend()
-    stages = dict.fromkeys(row["stage"] for row in history)
-    figure.suptitle(f"{title}: {' | '.join(stages)}" if len(stages) > 1 else title)
     save_figure(figure, path)
 
 
 def draw_confusion(path, confusion, classes, title):
     """Rows are true classes, normalised; colours follow the square root, so that rare errors are seen."""
     share, few = confusion / np.maximum(1, confusion.sum(1, keepdims=True)), len(classes) <= 12
-    figure, axes = new_figure(*((7, 6) if few else (13, 12)))
-    ax = axes[0, 0]
+    figure, ((ax,),) = new_figure(*((7, 6) if few else (13, 12)))
     picture = ax.imshow(np.sqrt(share), cmap="cividis", vmin=0, vmax=1)
     ax.set_xticks(range(len(classes)), classes, fontsize=10)
     ax.set_yticks(range(len(classes)), classes, fontsize=10)
@@ -1373,7 +1323,7 @@ def draw_confusion(path, confusion, classes, title):
         ax.tick_params(top=True, labeltop=True, right=True, labelright=True, length=2)
     ax.set(xlabel="predicted", ylabel="true")
     ax.set_title(f"{title}: share of each true class" + (" (numbers: images)" if few else ""), fontsize=10)
-    ticks = [0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1]
+    ticks = np.array([0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1])
     bar = figure.colorbar(picture, ax=ax, shrink=0.7, ticks=np.sqrt(ticks))
     bar.ax.set_yticklabels([f"{t:.0%}" for t in ticks])
     save_figure(figure, path)
@@ -1381,55 +1331,50 @@ def draw_confusion(path, confusion, classes, title):
 
 def draw_top_confusions(path, confusion, data, predicted, title, pairs=12, examples=8):
     """The most frequent errors: true class, predicted class, how often, and some of the images."""
-    errors = confusion - np.diag(np.diag(confusion))
-    top = np.argsort(-errors, axis=None, kind="stable")[: min(pairs, np.count_nonzero(errors))]
-    images, labels = data.images["test"], data.labels["test"].cpu()
-    figure = Figure(figsize=(9.5, 0.85 * max(1, len(top)) + 0.5), layout="constrained")
-    figure.suptitle(f"{title}, {data.name}: {errors.sum():,} errors in {confusion.sum():,} test images")
-    if len(top):
-        grid = figure.subplots(len(top), examples + 1, squeeze=False, width_ratios=[3.2] + [1] * examples)
-        for row, pair in zip(grid, top.tolist()):
-            true, read = divmod(pair, len(data.classes))
-            count, seen = errors[true, read], confusion[true].sum()
-            names = f"{data.classes[true]} read as {data.classes[read]}"
-            text = f"{names}:  {count}  ({count / seen:.0%} of {seen})"
-            row[0].text(1, 0.5, text, ha="right", va="center", fontsize=12)
-            show_images(row[1:], images[((labels == true) & (predicted == read)).nonzero()[:examples, 0]])
-            row[0].set_axis_off()
+    errors, labels = confusion - np.diag(np.diag(confusion)), data.labels["test"].cpu()
+    heading = f"{title}, {data.name}: {errors.sum():,} errors in {confusion.sum():,} test images"
+    rows = max(1, min(pairs, np.count_nonzero(errors)))
+    shape, widths = (rows, examples + 1), [3.2] + [1] * examples
+    figure, grid = new_figure(9.5, 0.85 * rows + 0.5, *shape, heading, width_ratios=widths)
+    for row, pair in zip(grid, np.argsort(-errors, axis=None, kind="stable").tolist()):
+        true, read = divmod(pair, len(data.classes))
+        count, seen = errors[true, read], confusion[true].sum()
+        names = f"{data.classes[true]} read as {data.classes[read]}"
+        text = f"{names}:  {count}  ({count / seen:.0%} of {seen})" if count else "no errors"
+        row[0].text(1, 0.5, text, ha="right", va="center", fontsize=12)
+        row[0].set_axis_off()
+        wanted = ((labels == true) & (predicted == read)).nonzero()[:examples, 0]
+        show_images(row[1:], data.images["test"][wanted] if count else [])
     save_figure(figure, path)
 
 
 def draw_comparison(path, rows, dry):
     """Accuracy and macro-F1 against two costs, and how validation went."""
     curves = [[100 * a for a in r.get("val_accuracies", [])] for r in rows]  # an older run has none
-    figure, axes = new_figure(15, 4.4, 1, 3 if any(curves) else 2)
+    columns, colours = (3 if any(curves) else 2), COLOURS * len(rows)
+    figure, axes = new_figure(15, 4.4, 1, columns, dry or None)
     costs = {"train_seconds": "training time (s), caches included", "update_budget": "trained samples"}
     for ax, (cost, label) in zip(axes[0], costs.items()):
-        for r, colour in zip(rows, COLOURS * len(rows)):
+        for r, colour in zip(rows, colours):
             for key, marker in (("test_accuracy", "o"), ("test_f1_macro", "^")):
                 name = r["label"] if key == "test_accuracy" else None
                 ax.plot(r[cost], 100 * r[key], marker, color=colour, ms=8, label=name)
                 spot = {"xytext": (9, -4), "textcoords": "offset points", "fontsize": 9}
                 ax.annotate(f"{100 * r[key]:.1f}", (r[cost], 100 * r[key]), **spot)
-        ax.set(xlabel=label, ylabel="test set (%): ● accuracy, ▲ macro-F1")
+        finish_axes(ax, xlabel=label, ylabel="test set (%): ● accuracy, ▲ macro-F1")
         least, most = (pick(r[cost] for r in rows) for pick in (min, max))
-        if most > 20 * least:
+        if most > 20 * least > 0:
             ax.set(xscale="log", xlim=(least / 2, 2 * most))
             ax.xaxis.set_major_formatter("{x:,.0f}")
         else:
             ax.set_xlim(0, 1.2 * most)
         ax.margins(y=0.15)
-        ax.grid(alpha=0.3)
+    for curve, colour in zip(curves, colours):
+        axes[0, -1].plot(range(1, len(curve) + 1), curve, "o-", color=colour, ms=4)
     if any(curves):
-        for curve, colour in zip(curves, COLOURS * len(rows)):
-            axes[0, 2].plot(range(1, len(curve) + 1), curve, "o-", color=colour, ms=4)
-        axes[0, 2].set(xlabel="epoch", ylabel="validation accuracy (%)")
-        axes[0, 2].xaxis.get_major_locator().set_params(integer=True)
-        axes[0, 2].grid(alpha=0.3)
+        finish_axes(axes[0, -1], xlabel="epoch", ylabel="validation accuracy (%)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(rows)))
-    if dry:
-        figure.suptitle(dry)
     save_figure(figure, path)
 
 
@@ -1752,18 +1697,14 @@ def free_bytes(device):
 
 def cgroups_left(system=Path("/")):
     """What is left of the memory limits of this process's control groups, SLURM's, systemd's or Docker's."""
-    lines = []
+    lines, v2 = [], ("", "memory.max", "memory.current", "inactive_file")
+    v1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     with contextlib.suppress(OSError):
         lines = (system / "proc/self/cgroup").read_text().splitlines()
-    for line in lines:
-        _, kinds, path = line.split(":", 2)
-        if not kinds:  # version 2
-            mount, limit, used, cache = "", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in kinds.split(","):  # version 1
-            mount, limit, used = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache = "total_inactive_file"
-        else:
+    for kinds, path in (line.split(":", 2)[1:] for line in lines):
+        if kinds and "memory" not in kinds.split(","):
             continue
+        mount, limit, used, cache = v1 if kinds else v2
         group = system / "sys/fs/cgroup" / mount / path.strip("/")
         for folder in (group, *group.parents):
             with contextlib.suppress(OSError, ValueError):  # the limit reads 'max' where there is none
@@ -1924,13 +1865,15 @@ def folder_lock(folder, wait=False):
         yield
 
 
-def make_folder(path):
+def make_folder(name):
+    path = Path(name)
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
-            raise PermissionError(13, "not writable")
+            raise PermissionError(errno.EACCES, "not writable")
     except OSError as e:
         raise InputError(f"--out {path} can't be used ({e.strerror})") from e
+    return path
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -1957,7 +1900,7 @@ def number(kind, low, above=None, below=math.inf):
     return read
 
 
-def parse_args(argv):
+def build_parser():
     p = Parser(description="Fine-tunes an ImageNet ResNet-18 on EMNIST ByClass, and compares regimes.")
     count, real = number(int, 1, below=2**31), number(float, 0)
     add = p.add_argument_group("data").add_argument
@@ -2004,6 +1947,11 @@ def parse_args(argv):
     add("--evaluate", metavar="FILE", help="the test set with the weights of a best.pt, in --out")
     add("--predict", nargs="+", metavar="IMAGE", help="read pictures or photographs of one character each")
     add("--checkpoint", metavar="FILE", help="best.pt of a run, for --predict")
+    return p
+
+
+def parse_args(argv):
+    p = build_parser()
     args = p.parse_args(argv)
     if [] in vars(args).values():  # argparse reads "--seed=--" as a flag without a value
         p.error("-- is not a valid value of a flag")
@@ -2022,43 +1970,50 @@ def parse_args(argv):
 
 
 FREE = {"device", "data_dir", "cache_gb", "checkpoint_minutes", "out"}  # may differ when a run is continued
+RESOLVED = {  # in args.json: what `auto` and the defaults came to
+    *("dataset", "weights", "amp", "dataset_flag", "weights_flag", "limit", "image_size"),
+}
 BEFORE = {"code", "commit", "resnet18.py"}  # what a batch job may put into OUT before the first start
 FULL_RUN = {"limit": 0, "image_size": 224}  # as the assignment asks
 CPU_RUN = {"limit": 12_000, "image_size": 64}  # what takes minutes and not hours on two cores
 
 
 def open_out(args, stack):
-    """Chooses, checks and locks OUT; returns it and what an earlier start left in args.json, or None."""
-    out = Path(args.out or f"results/resnet18-{datetime.now():%Y%m%d-%H%M%S}")
-    make_folder(out)
-    path, new = out / "args.json", vars(args)
+    """Makes, checks and locks OUT; returns it and what an earlier start left in args.json, or None."""
+    out = make_folder(args.out or f"results/resnet18-{datetime.now():%Y%m%d-%H%M%S}")
+    path = out / "args.json"
     files = sorted(p.name for p in out.iterdir() if p.name[0] != "." and p.name not in BEFORE)
     if files and not path.exists() and files != ["samples.png"]:
         raise InputError(f"--out {out} holds other files ({', '.join(files[:3])}): name a new folder")
     try:
         stack.enter_context(folder_lock(out))
+        return out, read_args(path, args) if path.exists() else None
     except OSError as e:
         raise InputError(f"--out {out} can't be used ({e.strerror})") from e
-    if not path.exists():
-        return out, None
+
+
+def read_args(path, args):
+    """args.json of an earlier start; InputError if it is damaged or of other arguments than now."""
+    new = dict(vars(args))
     try:
         before = json.loads(path.read_bytes())
         old = before["arguments"]
-        if "limit" not in before:  # an older version's: None meant all images, and the size was always given
+        if "limit" not in before and "checksum" not in before:  # an older version's: all images, and its size
             before |= {"limit": old["limit"] or 0, "image_size": old["image_size"]}
-            new = new | {"image_size": new["image_size"] or old["image_size"]}
+            new["image_size"] = new["image_size"] or old["image_size"]
         elif before["checksum"] != checksum(before):
             raise ValueError("its checksum does not match")
-        for k in ("dataset", "weights", "amp", "dataset_flag", "weights_flag", "limit", "image_size"):
-            if type(before[k]) is not (int if k in FULL_RUN else str):
-                raise TypeError(f"{k} is {before[k]!r}")
+        if missing := RESOLVED - before.keys():
+            raise KeyError(*missing)
         differ = [f"--{k} {old.get(k)}, now {v}" for k, v in new.items() if k not in FREE and old.get(k) != v]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{path} is damaged or not of this script ({one_line(e)}): name a new --out") from e
     if differ:
         text = "; ".join(differ).replace("_", "-")
-        raise InputError(f"--out {out} holds a run with other arguments: {text}; for these, name a new --out")
-    return out, before
+        raise InputError(
+            f"--out {path.parent} holds a run with other arguments: {text}; for these, name a new --out"
+        )
+    return before
 
 
 def own_words():
@@ -2081,8 +2036,8 @@ def load_inputs(run, before):
     args, known = run.args, before or {}
     data = load_data(known.get("dataset_flag", args.dataset), args.data_dir)
     default = CPU_RUN if run.device.type == "cpu" and data.name != "digits" else FULL_RUN
-    resolved = {k: v if getattr(args, k) is None else getattr(args, k) for k, v in default.items()}
-    resolved |= {k: known[k] for k in default if before}
+    given = {k: getattr(args, k) for k in default if getattr(args, k) is not None}
+    resolved = {k: known.get(k, given.get(k, value)) for k, value in default.items()}
     resolved["amp"] = choose_amp(known.get("amp", args.amp), run.device)
     spec = known.get("weights_flag", args.weights)
     try:
@@ -2135,18 +2090,13 @@ def load_in_turn(run, before):
 
 def finished_rows(out, regimes, before):
     """(a finished regime's metrics.json, else None, for each; the comparison's sentence, if all is done)."""
-    rows = []
-    for path in [out / name / "metrics.json" for name in regimes]:
-        row = None
+    rows = [None] * len(regimes)
+    for k, path in enumerate(out / name / "metrics.json" for name in regimes):
         if before and path.exists():
             try:
-                row = read_metrics(path)
-                if is_modified(row):
-                    raise ValueError("its checksum does not match")
+                rows[k] = read_metrics(path)
             except (OSError, ValueError) as e:
-                row = None
                 print(f"{path} is damaged ({one_line(e)}): the test is done again", flush=True)
-        rows.append(row)
     if not all(rows) or not (out / "comparison.json").exists():
         return rows, None
     label_rows(rows)
@@ -2188,14 +2138,7 @@ def run_training(args):
             run.say(f"all is done: {sentence}")
             return 0
         run.say(continue_line(run.out))
-        try:
-            inputs = load_in_turn(run, before)
-        except InputError:
-            if run.main and not (run.out / "args.json").exists():
-                with contextlib.suppress(OSError):  # nothing was begun: leave nothing, where nothing else is
-                    (run.out / ".lock").unlink()
-                    run.out.rmdir()
-            raise
+        inputs = load_in_turn(run, before)
         run.catch_signals()
         try:
             train_all(run, *inputs, rows)
