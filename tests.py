@@ -353,16 +353,7 @@ class Gradients(Case):
         self.within(1e-5, off, "batches of 64, 1, 640")
 
 
-class Devices(Case):
-    @unittest.skipUnless(torch.cuda.is_available(), "no CUDA device here")
-    def test_cuda(self):
-        self.say(worst(60, 1e-12, device="cuda", dtype=torch.float64))
-        self.say(worst(60, 1e-5, device="cuda", dtype=torch.float32))
-
-    @unittest.skipUnless(torch.backends.mps.is_available(), "no MPS device here")
-    def test_mps(self):
-        self.say(worst(60, 1e-5, device="mps", dtype=torch.float32))
-
+class Layers(Case):
     def test_defaults(self):
         """As torch.nn: DEVICE and the default dtype, unless told otherwise."""
         self.assertEqual(c.DEVICE.type, "cuda" if torch.cuda.is_available() else "cpu")
@@ -375,8 +366,6 @@ class Devices(Case):
         self.assertEqual({(p.dtype, p.device.type) for p in told}, {(torch.float32, "cpu")})
         self.say(f"parameters follow the default dtype and {c.DEVICE}")
 
-
-class Layers(Case):
     def test_calls_are_independent(self):
         """Other calls, of any batch size, leave alone what a caller keeps; a late bwd(out, x) is right."""
         off = 0.0
@@ -1528,7 +1517,9 @@ class ResnetCase(Case):
         run = r.Run(r.parse_args(small_flags(self.data, "--amp", "off", *flags)))
         run.out = Path(tempfile.mkdtemp(dir=self.tmp))
         data, weights, _ = r.load_inputs(run, None)
+        data.to(run.device)
         model = r.build_model(len(data.classes), weights, 0)
+        model.to(run.device, memory_format=r.layout(run.device))
         return r.Trainer(run, data, model, r.stages_of(regime, run.settings), run.out)
 
     def runs(self, *argv):
@@ -2212,15 +2203,15 @@ def signals_at_the_end():
     r.write_comparison = write
 
 
-def keep_first_gradients(folder):
-    """With BatchNorm as it is: what the probe's and the partial unfreezing's first steps have."""
+def keep_first_gradients(folder, frozen_statistics=True):
+    """Loss, gradients and statistics of the first step of the probe and of partial unfreezing."""
     plain = r.Trainer.train_step
 
     def step(self, order):
-        self.head.eval()
+        self.head.train(not frozen_statistics)
         plain(self, order)
         if self.state.epoch == 0 and self.state.step == 1:
-            grads = [self.state.sums[0], *(p.grad for p in self.params)]
+            grads = [self.state.sums[0], *(p.grad for p in self.params), *self.head.buffers()]
             torch.save(grads, folder / f"{self.run.world}.{self.run.rank}.{self.stage.trains}")
             if self.stage.trains == "layer4":
                 os._exit(0)
@@ -2305,6 +2296,96 @@ class ResnetProcesses(ResnetCase):
             self.assertRaises(SystemExit, run.from_rank0, "inputs", None)
         self.assertEqual(slept, [1, 1, 1])
         self.say("asked four times, a second apart")
+
+
+GPU = os.environ.get("DEVICE", "cuda")  # DEVICE=cpu: a rehearsal without a GPU of what needs one
+needs_gpu = unittest.skipUnless(GPU == "cpu" or torch.cuda.is_available(), "no CUDA device here")
+
+
+def share_one_gpu(folder):
+    """Both processes on one device, over gloo, as NCCL refuses that; BatchNorm trains."""
+    os.environ["LOCAL_RANK"] = "0"
+    init = r.dist.init_process_group
+    r.dist.init_process_group = lambda backend, **settings: init("gloo", **settings)
+    keep_first_gradients(folder, frozen_statistics=False)
+
+
+class Devices(ResnetCase):
+    """What needs a GPU, of both scripts."""
+
+    @needs_gpu
+    def test_layers(self):
+        self.say(worst(60, 1e-12, device=GPU, dtype=torch.float64))
+        self.say(worst(60, 1e-5, device=GPU, dtype=torch.float32))
+
+    @unittest.skipUnless(torch.backends.mps.is_available(), "no MPS device here")
+    def test_mps(self):
+        self.say(worst(60, 1e-5, device="mps", dtype=torch.float32))
+
+    @needs_gpu
+    def test_cnn(self):
+        """Ten steps of the network in float32 end with the weights that a CPU has in float64."""
+        ours, exact = c.build_cnn(GPU), c.build_cnn(**DOUBLE)
+        images, labels = torch.randint(256, (640, 28, 28), dtype=torch.uint8), torch.randint(10, (640,))
+        for p, q in zip(exact.parameters(), ours.parameters()):
+            p.copy_(q)
+        for model in (ours, exact):
+            sgd, p = c.SGD(model.parameters(), 0.05, 0.9, True, 5e-4), model.parameters()[0]
+            for x, y in zip(c.to_input(images).split(64), labels.split(64)):
+                step(model, x.to(p.device, p.dtype), y.to(p.device))
+                sgd.step()
+        off = max(map(error, ours.parameters(), exact.parameters()))
+        self.within(1e-4, off, "weights after ten steps")
+
+    @needs_gpu
+    def test_first_steps(self):
+        """Loss and gradients of every regime's first step are a CPU's."""
+        for trains, regime in REGIMES.items():
+            found = []
+            for device in ("cpu", GPU):
+                t = self.trainer(regime, "--device", device, "--batch-size", 64)
+                t.head.train()
+                t.train_step(torch.arange(t.n, device=device))
+                found.append([t.state.sums[0], *(p.grad for p in t.params)])
+            self.within(1e-3, max(map(error, *found[::-1])), f"{trains} trains, loss and gradients")
+
+    @needs_gpu
+    def test_half_precision(self):
+        """fp16 with a scaler (bf16 on a CPU) trains; the scaler's state is continued."""
+        flags = ("--epochs", 3, "--device", GPU, "--amp", "bf16" if GPU == "cpu" else "fp16")
+        t = self.trainer("full", *flags)
+        quiet(t.train)
+        first, *_, last = (row["train_loss"] for row in t.state.history)
+        self.assertLess(last, first)
+        again = self.trainer("full", *flags)
+        again.load(r.read_tensors(t.folder / "last.pt"))
+        self.assertEqual(again.scaler.state_dict(), t.scaler.state_dict())
+        self.say(f"loss {first:.3f} to {last:.3f}, {t.scaler.state_dict() or 'no scaler'}")
+
+    @needs_gpu
+    def test_killed(self):
+        """A --deterministic run, killed at three places, ends with the bits of one that was not."""
+        flags = (*ResnetStops.FLAGS[:-1], "--augment", "--deterministic", "--device", GPU, "--out")
+        argv, log = small_flags(self.data, *flags), self.tmp / "log"
+        run_through([*argv, self.tmp / "whole"], log)
+        for point in (("step", 2), ("step", 5), ("half", 3)):
+            statuses = finish(start([*argv, self.tmp / "killed"], log, functools.partial(kill_at, *point)))
+            self.assertEqual(statuses, [-signal.SIGKILL], log.read_text())
+        run_through([*argv, self.tmp / "killed"], log)
+        self.assertTrue(same(results(self.tmp / "killed"), results(self.tmp / "whole")))
+        self.say(f"killed three times on {GPU}: identical")
+
+    @needs_gpu
+    def test_two_processes(self):
+        """SyncBatchNorm in two processes has one process's gradients and statistics; a CPU has none."""
+        flags = ("--amp", "off", "--epochs", 1, "--batch-size", 65, "--limit", 73, "--device", GPU, "--out")
+        for world in (1, 2):
+            argv = small_flags(self.data, *flags, self.tmp / f"out{world}")
+            ranks = start(argv, self.tmp / "log", functools.partial(share_one_gpu, self.tmp), world)
+            self.assertEqual(finish(ranks), [0] * world, (self.tmp / "log").read_text())
+        one, *two = (torch.load(self.tmp / f"{name}.layer4") for name in ("1.0", "2.0", "2.1"))
+        off = max(error(a, b) for other in two for a, b in zip(other, one, strict=True))
+        self.within(1e-4 if GPU == "cuda" else math.inf, off, "loss, gradients and statistics")
 
 
 class ResnetDamage(ResnetCase):
