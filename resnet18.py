@@ -14,15 +14,16 @@ ImageNet weights, two cores of an AMD EPYC without bf16, torch 2.14, seed 0, nin
     partial_unfreeze reaches 83.24% against 75.73% of linear_probe (+7.51 points, macro-F1 +10.31) for 11.5x
     the training time, 0.5x the trained samples and 265x the trainable parameters.
 
-An image on its way (N images of a batch, S --image-size, K classes):
+From an image's file to the test accuracy (N images of a batch, S --image-size, K classes):
 
-    image           uint8 [N, 28, 28]                          upright(), in memory, on the device
-      prepare()     float [N, 3, S, S]                         resized, normalised as ImageNet's images were
-      frozen        [N, 512] or [N, 256, S/16, S/16]           the layers that don't train
-      Inputs        the same, kept on disk or in memory        where it never changes, it is computed once
-      head          logits float32 [N, K]                      the layers that train, average pooling, fc
+    load_emnist()   uint8 [N, 28, 28]       read from the files, turned upright; stays in memory like this
+    prepare()       float [N, 3, S, S]      resized, grey in three channels, normalised as ImageNet's images
+    frozen          the layers that don't train: [N, 512] if only fc does, [N, 256, S/16, S/16] if layer4 does
+    Inputs          their output, kept on disk or in memory, or computed anew for every batch
+    head            the layers that train, average pooling, fc: logits float32 [N, K]
+    test_metrics()  accuracy and F1; write_test_files() draws the confusion matrix
 
-Training, validation, test and prediction call head(inputs). Everything from "plumbing" on can be skipped.
+Training, validation, test and prediction all call head(inputs). Everything from "plumbing" on can be skipped.
 """
 
 import signal
@@ -63,7 +64,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure  # pyplot would set up a display and global state on import
+from matplotlib.ticker import PercentFormatter
 from PIL import Image, ImageOps
 from scipy import ndimage
 from sklearn import datasets, metrics
@@ -77,12 +80,14 @@ except ImportError:  # Windows
 
 CLASSES = string.digits + string.ascii_uppercase + string.ascii_lowercase  # EMNIST ByClass, label 0 to 61
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the weights were trained on
-PARTS = {  # what trains: number of frozen blocks, prefixes of the trained parameters, their number below fc
+# what trains: (how many of the five blocks stem and layer1 to layer4 are frozen, how the names of the trained
+# parameters begin, how many these are without fc's)
+PARTS = {
     "fc": (5, ("fc.",), 0),
     "layer4": (4, ("layer4.", "fc."), 8_393_728),
     "all": (0, ("",), 11_176_512),
 }
-EVAL_BATCH = 256  # fixed, so that whatever is computed twice comes out the same to the bit
+EVAL_BATCH = 256  # outside of training; fixed, as in batches of another size the last bit may differ
 CHUNK = 2048  # images in a file of features: at most so many are computed again after a kill
 TRAINING = ("features", "cache", "steps")  # the phases counted in train_seconds
 MIN_DELTA = 0.0005  # validation accuracy (0..1) that counts as progress for early stopping
@@ -101,8 +106,8 @@ class Stage:
     weight_decay: float = 0.01
 
 
-# All use AdamW; what else was tried on validation is in report/LOG.md. The course's recipe is the probe's as
-# it is, and --regimes partial_unfreeze --lr 0.0005 --epochs 20.
+# All use AdamW; report/LOG.md has what else was tried, on validation. The course's recipes are the probe's as
+# it is here and, for partial unfreezing, --lr 0.0005 --epochs 20.
 PROBE = Stage("fc", lr=1e-2, epochs=15, warmup_epochs=0.5, batch_size=256, patience=5)
 PARTIAL = Stage("layer4", lr=1e-3, epochs=8, warmup_epochs=1, batch_size=128, patience=3)
 FULL = Stage("all", lr=1e-3, epochs=8, warmup_epochs=1, batch_size=128, patience=3)
@@ -153,7 +158,7 @@ class Data:
 
 
 def upright(images):
-    """EMNIST's files hold every image transposed (rotated by 90 degrees and mirrored)."""
+    """Undoes the transposition of EMNIST's files, which hold every image rotated and mirrored."""
     return images.transpose(1, 2).contiguous()  # N, 28, 28
 
 
@@ -198,7 +203,7 @@ def load_emnist(root):
             raise InputError(f"{damaged} is damaged ({one_line(e)}): delete it and start again") from e
         data.images[name], data.labels[name] = upright(images), labels
     n, m = (len(data.labels[name]) for name in ("train", "test"))
-    if (n, m) != (697_932, 116_323):  # never to be taken for the official split
+    if (n, m) != (697_932, 116_323):  # results on a copy of another size must not bear the official name
         data.name += f", {n / 1000:.0f}k/{m / 1000:.0f}k re-split" if m >= 1000 else f", {n}/{m} re-split"
     return data
 
@@ -231,10 +236,11 @@ def load_data(dataset, folder):
 
 
 def split(n, limit, seed):
-    """Indices of the training and validation set, 90/10, of all n images or of `limit` seeded ones."""
+    """Indices of the training (90 %) and validation (10 %) images, of all n or of `limit` drawn at random."""
     chosen = torch.randperm(n, generator=rng(seed, "limit"))[:limit] if limit else torch.arange(n)
     chosen = chosen[torch.randperm(len(chosen), generator=rng(seed, "split"))]
     cut = len(chosen) * 9 // 10
+    # in the files' order again: every epoch has an order of its own
     return chosen[:cut].sort().values, chosen[cut:].sort().values
 
 
@@ -256,7 +262,7 @@ def resize(images, size):
 
 
 def draw_affine(n, generator):
-    """Small rotations, scales and shifts: [n, 2, 3], from output to input coordinates in -1..1."""
+    """Random maps for affine_grid [n, 2, 3]: within ±10 degrees, ±12 % in size and ±1.4 of the 28 pixels."""
     u = torch.rand(n, 4, generator=generator) * 2 - 1
     angle, scale = u[:, 0] * math.radians(10), 1 + 0.12 * u[:, 1]
     cos, sin, shift = angle.cos() * scale, angle.sin() * scale, u[:, 2:] * 0.1
@@ -264,7 +270,7 @@ def draw_affine(n, generator):
 
 
 def warp(images, theta, size):
-    """One affine resampling from 28 pixels to the final size; with the identity it is resize()."""
+    """Augments and resizes in one interpolation, as a second one would blur; the identity gives resize()."""
     where = "cpu" if images.device.type == "mps" else images.device  # mps knows no "border" padding
     grid = F.affine_grid(theta.to(where), (len(images), 1, size, size), align_corners=False)
     grey = images[:, None].to(where).float()
@@ -272,20 +278,10 @@ def warp(images, theta, size):
 
 
 def prepare(images, size, theta=None):
-    """uint8 [N, 28, 28] -> the network's input: float [N, 3, S, S], normalised, channels_last."""
+    """uint8 [N, 28, 28] -> the network's input: float [N, 3, S, S], normalised as ImageNet's images were."""
     grey = resize(images, size) if theta is None else warp(images, theta, size)  # N, 1, S, S
-    shift, scale = normalisation(grey.device)
-    x = torch.empty(len(images), size, size, 3, device=grey.device)
-    # (grey / 255 - MEAN) / STD in each channel, written straight into channels_last memory
-    torch.addcmul(shift, grey[:, 0, :, :, None], scale, out=x)
-    return x.permute(0, 3, 1, 2)  # N, 3, S, S
-
-
-@functools.cache  # copied to the device once, as a copy waits for it
-def normalisation(device):
-    """0..255 to ImageNet's mean and standard deviation, as (shift, scale)."""
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
-    return (-mean / std).to(device), (1 / (255 * std)).to(device)
+    # plain numbers: a tensor of them would have to be copied to the GPU, and a copy waits for it
+    return torch.cat([(grey / 255 - mean) / std for mean, std in zip(MEAN, STD)], 1)
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -343,7 +339,7 @@ class Section(nn.Module):
 
     def forward(self, x):
         if len(self.blocks):
-            x = x.contiguous(memory_format=layout(x.device))  # as it is already, but on mps
+            x = x.contiguous(memory_format=layout(x.device))
             kind = torch.float16 if self.amp == "fp16" else torch.bfloat16
             with torch.autocast(x.device.type, kind, enabled=self.amp != "off"):
                 x = self.blocks(x)
@@ -353,15 +349,15 @@ class Section(nn.Module):
 
 
 def split_at(model, trains, amp):
-    """(frozen, head), made of the model's own blocks; the frozen ones lose their gradient, and their
-    BatchNorm is in evaluation mode from now on."""
+    """Splits the model into (frozen, head), which share its layers. The frozen ones get no gradients and stay
+    in evaluation mode: head.train() does not reach their BatchNorm, so its statistics don't change."""
     cut, _, count = PARTS[trains]
     stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
     blocks = [stem, model.layer1, model.layer2, model.layer3, model.layer4]
     # average pooling belongs to whichever has the last block: a probe's features are 512 numbers
     frozen = Section(blocks[:cut], amp, pool=cut == len(blocks))
     head = Section(blocks[cut:], amp, pool=cut < len(blocks), fc=model.fc)
-    model.requires_grad_(True)
+    model.requires_grad_(True)  # an earlier stage may have frozen more
     frozen.eval().requires_grad_(False)
     training = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert training == count + sum(p.numel() for p in model.fc.parameters()), f"{training:,} parameters train"
@@ -396,9 +392,12 @@ def load_model(path):
 
 
 def in_batches(run, forward, shape, what, poll, start=0, total=None, dtype=torch.float32):
-    """forward(indices) for shape[0] images from `start` on, in batches, shared among the processes."""
-    order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    rows = torch.empty(shape, dtype=dtype, device=run.device, memory_format=order).zero_()
+    """forward(indices) of the images start, start + 1, ... as one tensor of the given shape.
+
+    The processes take batches in turn, and all get all rows.
+    """
+    memory = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    rows = torch.empty(shape, dtype=dtype, device=run.device, memory_format=memory).zero_()
     began, stop = time.monotonic(), start + shape[0]
     for first in range(start, stop, EVAL_BATCH * run.world):
         mine = min(first + run.rank * EVAL_BATCH, stop)
@@ -408,13 +407,16 @@ def in_batches(run, forward, shape, what, poll, start=0, total=None, dtype=torch
         poll()
         run.pulse(pace, what, min(first + EVAL_BATCH * run.world, stop), total or stop, began, start)
     if run.world > 1:
-        dist.all_reduce(rows)  # every row is still zero on all processes but one: an exact sum
+        dist.all_reduce(rows)  # a row is zero on all processes but one, so the sum is exact
     return rows
 
 
 def features(run, name, images, forward):
-    """forward(indices) [n, 512], kept in files of CHUNK images, so that a kill loses one; and their cost."""
-    rows = torch.empty(len(images), 512, device=run.device)  # once: the official split's take 1.4 GB
+    """(forward(indices) [n, 512] of a whole set, the [wall, CPU] seconds that it took).
+
+    Kept in OUT/features, CHUNK images a file: a kill loses one file, and a later regime reads them all.
+    """
+    rows = torch.empty(len(images), 512, device=run.device)  # torch.cat would need 1.4 GB twice
     folder, spent = run.out / "features", torch.zeros(2, dtype=torch.float64)
     if run.main:
         folder.mkdir(exist_ok=True)
@@ -432,17 +434,19 @@ def features(run, name, images, forward):
     return rows, spent
 
 
+AMP_TYPES = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 def layer3_shape(count, size):
     return count, 256, math.ceil(size / 16), math.ceil(size / 16)
 
 
-def cache_bytes(count, size, amp):
-    return math.prod(layer3_shape(count, size)) * (4 if amp == "off" else 2)
-
-
-def cache_limit(run):
-    gigabytes = run.settings.cache_gb
-    return 0.7 * free_bytes(run.device) if gigabytes is None else gigabytes * 1e9
+def cache_fits(run, count, size):
+    """(Whether layer3's output of `count` images may be kept in memory, its bytes, the bytes allowed)."""
+    settings = run.settings
+    need = math.prod(layer3_shape(count, size)) * AMP_TYPES[settings.amp].itemsize
+    limit = 0.7 * free_bytes(run.device) if settings.cache_gb is None else settings.cache_gb * 1e9
+    return need <= limit and run.world == 1, need, limit  # several processes would each hold all of it
 
 
 class Inputs:
@@ -453,9 +457,10 @@ class Inputs:
 
     def __init__(self, run, data, frozen, trains):
         self.run, self.data, self.frozen, self.trains = run, data, frozen, trains
-        # by set; whether layer3's output is kept, once decided: kept rows and recomputed ones may differ in
-        # the last bit, so a resumed run does what it did before
-        self.kept, self.in_memory = {}, None
+        self.kept = {}  # name of a set -> the frozen layers' output for all of it
+        # whether layer3's output is kept; None: not decided yet. last.pt has it, because kept and recomputed
+        # values may differ in the last bit, and a resumed run must do what it did before
+        self.in_memory = None
 
     @torch.no_grad()
     def run_frozen(self, name, index, theta=None):
@@ -463,6 +468,7 @@ class Inputs:
 
     def __call__(self, name, index, theta=None):
         """[N, 512] or [N, C, h, w] for the images `index` of a set."""
+        # a set that is kept is never augmented: theta is None then
         return self.kept[name][index] if name in self.kept else self.run_frozen(name, index, theta)
 
     def compute(self, timer):
@@ -476,7 +482,7 @@ class Inputs:
                 self.kept[name], cost = features(run, name, self.data.images[name], forward)
                 spent += cost
             timer("features")
-            timer.spent["features"] = spent  # what the files cost, whichever regime or start made them
+            timer.spent["features"] = spent  # not since this start, but what making the files took
             rate = count / spent[0]
             run.say(f"features of {count:,} images: {duration(spent[0])} ({rate:,.0f} images/s)")
         elif self.trains == "layer4" and self.fits(count):
@@ -487,19 +493,16 @@ class Inputs:
 
     def layer3(self, name):
         """layer3's output of a set: [n, 256, h, w]."""
-        settings = self.run.settings
-        kind = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.amp]
-        shape = layer3_shape(len(self.data.labels[name]), settings.image_size)
-        forward = functools.partial(self.run_frozen, name)
+        settings, forward = self.run.settings, functools.partial(self.run_frozen, name)
+        shape, kind = layer3_shape(len(self.data.labels[name]), settings.image_size), AMP_TYPES[settings.amp]
         return in_batches(self.run, forward, shape, f"cache, {name}", self.run.poll, dtype=kind)
 
     def fits(self, count):
-        """Whether layer3's output goes into memory."""
+        """Decides, once, whether layer3's output is kept in memory, and says so."""
         run = self.run
-        need, limit = cache_bytes(count, run.settings.image_size, run.settings.amp), cache_limit(run)
-        if self.in_memory is None or run.settings.cache_gb is not None:
-            self.in_memory = need <= limit
-        self.in_memory = self.in_memory and run.world == 1
+        fits, need, limit = cache_fits(run, count, run.settings.image_size)
+        if self.in_memory is None or run.settings.cache_gb is not None or run.world > 1:
+            self.in_memory = fits
         why = "several processes" if run.world > 1 else "--cache-gb sets the budget"
         verdict = "kept in memory" if self.in_memory else f"recomputed for every batch ({why})"
         run.say(f"layer3's output: {need / 1e9:.2f} GB, budget {limit / 1e9:.2f} GB: {verdict}")
@@ -515,7 +518,10 @@ def clock():
 
 
 class Timer:
-    """Adds up [wall, CPU] seconds by what they went into, also over several starts of a run."""
+    """timer("steps") adds the [wall, CPU] seconds since its last call to those of the phase "steps".
+
+    The sums are saved in last.pt, so that they cover all starts of a run.
+    """
 
     def __init__(self, device, spent):
         self.device, self.spent, self.last = device, spent, clock()
@@ -536,16 +542,17 @@ def synchronize(device):
 class State:
     """How far a regime has got. With weights, optimizer and scaler it is what last.pt holds."""
 
-    sums: torch.Tensor  # of loss and hits over the epoch's steps
-    best: dict  # the best epoch on validation so far, of whichever stage, with its weights
-    number: int = 0  # of the stage
-    epoch: int = 0  # finished epochs of the stage
-    step: int = 0  # finished steps of the epoch
-    reference: float = -1.0  # validation accuracy at the last real progress
-    stale: int = 0  # epochs since
-    done: bool = False  # the stage has ended, the model has the best weights
-    peak: int = 0  # bytes; this and what follows is of the whole regime
-    spent: dict = field(default_factory=dict)  # by phase, a Timer's
+    sums: torch.Tensor  # [loss, correct images], added up over the current epoch's steps
+    best: dict  # the best epoch on validation of all stages so far, with its weights
+    number: int = 0  # of the current stage
+    epoch: int = 0  # epochs finished in this stage
+    step: int = 0  # steps finished in this epoch
+    reference: float = -1.0  # validation accuracy that the next epoch must beat by MIN_DELTA
+    stale: int = 0  # epochs since it was last beaten
+    done: bool = False  # the stage has ended and the model has the best weights
+    # of the whole regime
+    peak: int = 0  # bytes
+    spent: dict = field(default_factory=dict)  # phase -> [wall, CPU] seconds: a Timer's
     history: list = field(default_factory=list)  # the rows of log.csv
     stages: list = field(default_factory=list)  # summaries of the finished ones
 
@@ -564,7 +571,7 @@ class Trainer:
     def begin(self, number):
         """Stage `number`, from the weights that the model has."""
         run, stage = self.run, self.stages[number]
-        self.ddp = None  # two DDP wrappers of one parameter would both sum its gradient
+        self.ddp = None  # before the next is made: two wrappers of one parameter would both sum its gradient
         self.stage, self.steps = stage, math.ceil(self.n / stage.batch_size)
         frozen, self.head = split_at(self.model, stage.trains, run.settings.amp)
         self.inputs = Inputs(run, self.data, frozen, stage.trains)
@@ -573,7 +580,8 @@ class Trainer:
             self.params, lr=stage.lr, weight_decay=stage.weight_decay, fused=run.device.type != "mps"
         )
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.settings.amp == "fp16")
-        # the model has the best weights so far: a stage that never does better ends with them
+        # the model has the best weights so far; if no epoch of this stage beats them, it ends with them, so
+        # they are copied again, now with the layers that train from here on
         best, sums = self.state.best | {"weights": self.weights()}, torch.zeros(2, device=run.device)
         new = dict(epoch=0, step=0, reference=-1.0, stale=0, done=False)
         self.state = replace(self.state, number=number, best=best, sums=sums, **new)
@@ -589,17 +597,19 @@ class Trainer:
     def train_step(self, order):
         """One step; `order` is the epoch's permutation of the training set."""
         run, state = self.run, self.state
+        # steps of equal size, give or take one image: a small last one would have too much weight
         first, last = self.n * state.step // self.steps, self.n * (state.step + 1) // self.steps
         index = order[first:last]  # the same images for any number of processes
-        mine, theta = index[run.rank :: run.world], None
+        mine, theta = index[run.rank :: run.world], None  # this process's share of them
         if run.settings.augment:
             generator = rng(run.settings.seed, "augment", state.number, state.epoch, state.step)
             theta = draw_affine(len(index), generator)[run.rank :: run.world].to(run.device)
         y = self.data.labels["train"][mine]
         logits = (self.ddp or self.head)(self.inputs("train", mine, theta))
-        loss = F.cross_entropy(logits, y, reduction="sum") / len(index)  # this process's share of the mean
+        # this process's part of the step's mean loss; DDP averages the gradients over the processes, so that
+        # the loss times their number gives the gradient of the whole
+        loss = F.cross_entropy(logits, y, reduction="sum") / len(index)
         self.optimizer.zero_grad()
-        # DDP takes the mean of the processes' gradients: times their number it is the sum over all images
         self.scaler.scale(loss * run.world).backward()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
@@ -612,9 +622,10 @@ class Trainer:
         state.step += 1
 
     def agree(self, sums, share):
-        """Adds up sums over the processes and, on CPUs, averages BatchNorm's statistics by share."""
+        """Adds up `sums` over the processes. On CPUs, where SyncBatchNorm does not run, it also averages
+        BatchNorm's statistics, weighted by `share`: rank 0 may save after any step."""
         tensors = [sums]
-        if self.run.device.type != "cuda":  # there SyncBatchNorm has the same statistics everywhere
+        if self.run.device.type != "cuda":
             # a weighted mean over the processes: each one's share of it first, then the sum
             tensors += [b.mul_(share) for b in self.head.buffers() if b.is_floating_point()]
         flat = torch.cat([t.reshape(-1) for t in tensors])
@@ -623,11 +634,11 @@ class Trainer:
             t.copy_(total.view_as(t))
 
     def train(self):
-        """The stage to its last epoch, or until patience ends; the model then has the best weights."""
+        """Trains the stage to its last epoch or an early stop; the model then has the best weights."""
         run, state = self.run, self.state
         if state.done:
             return
-        self.save()
+        self.save()  # a kill while the inputs are computed must not fall back into the stage before
         if not self.finished():
             self.inputs.compute(self.timer)
             if run.world > 1:
@@ -641,7 +652,7 @@ class Trainer:
             if not state.number:
                 raise
             run.say(f"{e}: this stage ends here, with the best weights so far")
-            state.step, state.stale = 0, self.stage.patience
+            state.step, state.stale = 0, self.stage.patience  # finished() from now on
             state.sums.zero_()
         self.model.load_state_dict(state.best["weights"], strict=False)
         state.done = True
@@ -685,17 +696,18 @@ class Trainer:
     def finish_epoch(self):
         """Validation, early stopping, log line, checkpoint."""
         state, labels = self.state, self.data.labels["val"].cpu()
-        logits = self.validate()
+        poll = functools.partial(self.run.poll, self.save)
+        logits = logits_of(self.run, self.data, self.inputs, self.head, "val", poll)
         loss, accuracy = float(F.cross_entropy(logits, labels)), accuracy_of(logits, labels)
         if not math.isfinite(loss):
             raise Diverged(f"the validation loss is {loss} after epoch {state.epoch + 1}")
-        better = accuracy > state.best["accuracy"]
+        better = accuracy > state.best["accuracy"]  # any gain makes this the best epoch ...
         if better:
             state.best = {"accuracy": accuracy, "epoch": state.epoch + 1, "number": state.number}
             state.best |= {"tau": tune_tau(logits, labels, log_prior(self.data)), "weights": self.weights()}
         self.timer("validation")
         state.stale += 1
-        if accuracy > state.reference + MIN_DELTA:
+        if accuracy > state.reference + MIN_DELTA:  # ... but only real progress resets the patience
             state.reference, state.stale = accuracy, 0
         seconds = float(state.spent["steps"][0] + state.spent["validation"][0])
         row = {
@@ -732,20 +744,15 @@ class Trainer:
         if not torch.isfinite(self.state.sums[0]):
             raise Diverged(f"the loss is {float(self.state.sums[0])} in epoch {self.state.epoch + 1}")
 
-    def validate(self):
-        """Logits of the validation set: [n, K] on the CPU."""
-        poll = functools.partial(self.run.poll, self.save)
-        return logits_of(self.run, self.data, self.inputs, self.head, "val", poll)
-
     def weights(self):
-        """A copy of what trains, statistics included; the frozen rest is what --weights gave."""
+        """A copy of what trains, statistics included; the frozen rest never changes and is not saved."""
         names, state = PARTS[self.stage.trains][1], self.model.state_dict()
         return {k: v.detach().cpu().clone() for k, v in state.items() if k.startswith(names)}
 
     def save(self):
         """last.pt, which alone decides where to go on."""
         run, state = self.run, self.state
-        # after the last step of an epoch comes its validation, which may be stopped, too
+        # a stop or a checkpoint may come during training or, after the last step, during validation
         self.timer("steps" if state.step < self.steps else "validation")
         self.check_finite()  # a state that has diverged never replaces a good one
         state.peak = max(state.peak, peak_bytes(run.device))
@@ -837,7 +844,7 @@ def resume(run, data, make_model, stages, folder):
 
 
 def log_prior(data):
-    """Logarithm of the classes' share of the training set, each counted once more than seen: [K]."""
+    """Logarithm of each class's share of the training set [K]; one is added, so that none is infinite."""
     counts = torch.bincount(data.labels["train"].cpu(), minlength=len(data.classes)).double() + 1
     return (counts / counts.sum()).log()
 
@@ -847,8 +854,8 @@ def accuracy_of(logits, labels):
 
 
 def tune_tau(logits, labels, prior):
-    """Strength of the logit adjustment (Menon et al. 2021, arXiv 2007.07314; logits - tau * log prior) with
-    the best macro-F1 on validation."""
+    """The tau in 0, 0.05, ..., 1 whose logits - tau * log prior have the best macro-F1 on validation: that
+    takes back the preference for frequent classes (logit adjustment, Menon et al. 2021, arXiv 2007.07314)."""
     taus = [t / 20 for t in range(21)]
     guesses = [(logits - tau * prior).argmax(1) for tau in taus]
     scores = [metrics.f1_score(labels, guess, average="macro", zero_division=0) for guess in guesses]
@@ -888,7 +895,8 @@ def per_class(labels, predicted, confusion, classes):
 def logits_of(run, data, inputs, head, name, poll):
     """Logits of the validation or the test set: [n, K] on the CPU."""
     head.eval()
-    trials, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    # with its trials of kernels cuDNN may choose others in --evaluate: without them the figures are the same
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
 
     @torch.no_grad()
     def forward(index):
@@ -896,20 +904,20 @@ def logits_of(run, data, inputs, head, name, poll):
 
     shape = len(data.labels[name]), len(data.classes)
     logits = in_batches(run, forward, shape, name, poll).cpu()
-    torch.backends.cudnn.benchmark = trials  # off above: trials of kernels may end otherwise in --evaluate
+    torch.backends.cudnn.benchmark = benchmark
     return logits
 
 
 def write_test_files(run, folder, data, logits, title):
     """Tables and pictures of the test set."""
     labels, predicted, classes = data.labels["test"].cpu(), logits.argmax(1), data.classes
-    confusion = metrics.confusion_matrix(labels, predicted, labels=range(len(classes)))
+    confusion = metrics.confusion_matrix(labels, predicted, labels=range(len(classes)))  # [true, predicted]
     if run.main:
         write_csv(folder / "per_class.csv", per_class(labels, predicted, confusion, classes))
         counts = [{"true": c, **dict(zip(classes, row))} for c, row in zip(classes, confusion.tolist())]
         write_csv(folder / "confusion.csv", counts)
         draw_confusion(folder / "confusion.png", confusion, classes, f"{title}, {data.name}, test set")
-    run.poll()
+    run.poll()  # by all processes together
     if run.main:
         draw_top_confusions(folder / "confusions_top.png", confusion, data, predicted, title)
     run.poll()
@@ -1040,6 +1048,7 @@ def evaluate(args):
     data = load_digits() if len(classes) == 10 else load_emnist(args.data_dir)
     split_data(data, run.settings)
     data.to(run.device)
+    # nothing trains; "fc" makes the test one pass through all the blocks
     frozen, head = split_at(model.to(run.device, memory_format=layout(run.device)), "fc", amp)
     logits = logits_of(run, data, Inputs(run, data, frozen, "fc"), head, "test", run.poll)
     write_test_files(run, out, data, logits, name)
@@ -1074,24 +1083,20 @@ def time_per_image(run, data, model, trains):
     return [min(seconds) / n / run.world for seconds in zip(*times)]
 
 
-def estimate(run, stages, costs, sizes, image_size, features_left, state=None):
-    """About how many seconds a regime takes, or what is left of it after `state`, the test set included."""
-    train, val, test = sizes
-    seconds, begun = 0.0, state.number if state else 0
-    for number, stage in enumerate(stages[begun:], begun):
+def estimate(run, stages, costs, sizes, image_size, on_disk, state=None):
+    """About how many seconds a regime takes, or what is left of it after `state`, the test set included;
+    the probe's features of `on_disk` images are there already."""
+    (train, val, test), seconds = sizes, 0.0
+    fits = cache_fits(run, train + val, image_size)[0]
+    for number, stage in enumerate(stages):
         (frozen, step), epochs = costs[stage.trains], stage.epochs
-        if state and number == begun:
-            epochs = 0 if state.done else epochs - state.epoch
-        passes = [epochs, epochs]  # of the training and validation set through the frozen layers
-        fits = cache_bytes(train + val, image_size, run.settings.amp) <= cache_limit(run)
+        if state and number <= state.number:
+            epochs = 0 if number < state.number or state.done else epochs - state.epoch
+        once = stage.trains == "fc" or (stage.trains == "layer4" and fits)
+        passes = min(1, epochs) if once else epochs  # of a set through the frozen layers
+        seconds += frozen * ((epochs if run.settings.augment else passes) * train + passes * val)
         if stage.trains == "fc":
-            seconds += frozen * features_left if epochs else 0
-            passes, features_left = [0, 0], 0
-        elif stage.trains == "layer4" and fits and run.world == 1:
-            passes = [min(1, epochs)] * 2  # a resumed run fills its cache again
-        if run.settings.augment:
-            passes[0] = epochs
-        seconds += frozen * (passes[0] * train + passes[1] * val)
+            seconds -= frozen * passes * on_disk
         seconds += epochs * (step * train + step / 3 * val)  # forward is about a third of a training step
     return seconds + (frozen + step / 3) * test
 
@@ -1103,15 +1108,16 @@ def plan(run, data, trainer, todo):
     stages = {name: stages_of(name, settings) for name in todo}
     every = sorted({stage.trains for name in todo for stage in stages[name]})
     costs = {trains: time_per_image(run, data, trainer.model, trains) for trains in every}
-    sizes = [len(data.labels[name]) for name in ("train", "val", "test")]
-    on_disk = len(list((run.out / "features").glob("*.pt"))) * CHUNK
-    left, texts = max(0, sizes[0] + sizes[1] - on_disk), []
+    sizes, texts = [len(data.labels[name]) for name in ("train", "val", "test")], []
+    kept = ["val"] if settings.augment else ["train", "val"]
+    n = sum(len(data.labels[name]) for name in kept)  # images whose features the probe keeps
+    on_disk = min(n, CHUNK * len(list((run.out / "features").glob("*.pt"))))
     for name in todo:
         state = trainer.state if name == todo[0] else None
-        seconds = estimate(run, stages[name], costs, sizes, settings.image_size, left, state)
+        seconds = estimate(run, stages[name], costs, sizes, settings.image_size, on_disk, state)
         texts.append(f"{name} about {about(seconds)}")
         if any(stage.trains == "fc" for stage in stages[name]):
-            left = 0  # the next regime finds them on the disk
+            on_disk = n  # the next regime finds all of them
     trainer.timer("plan")
     run.say(f"plan: {', '.join(texts)} on {device_name(run.device)}; less with early stopping")
     fewer = run.args.limit is None and sizes[0] + sizes[1] < data.total
@@ -1121,7 +1127,7 @@ def plan(run, data, trainer, todo):
         larger = (size / settings.image_size) ** 2
         costs = {trains: [larger * cost for cost in costs[trains]] for trains in costs}
         sizes = 0.9 * data.total, 0.1 * data.total, sizes[2]
-        seconds = sum(estimate(run, stages[k], costs, sizes, size, data.total) for k in todo)
+        seconds = sum(estimate(run, stages[k], costs, sizes, size, 0) for k in todo)
         images = f"{min(settings.limit or data.total, data.total):,} of {data.total:,} images"
         words = shlex.join([sys.argv[0], *own_words(), "--limit", "0", "--image-size", str(size)])
         banner(
@@ -1312,7 +1318,7 @@ def draw_confusion(path, confusion, classes, title):
     """Rows are true classes, normalised; colours follow the square root, so that rare errors are seen."""
     share, few = confusion / np.maximum(1, confusion.sum(1, keepdims=True)), len(classes) <= 12
     figure, ((ax,),) = new_figure(*((7, 6) if few else (13, 12)))
-    picture = ax.imshow(np.sqrt(share), cmap="cividis", vmin=0, vmax=1)
+    picture = ax.imshow(share, cmap="cividis", norm=PowerNorm(0.5, 0, 1))
     ax.set_xticks(range(len(classes)), classes, fontsize=10)
     ax.set_yticks(range(len(classes)), classes, fontsize=10)
     if few:
@@ -1323,9 +1329,8 @@ def draw_confusion(path, confusion, classes, title):
         ax.tick_params(top=True, labeltop=True, right=True, labelright=True, length=2)
     ax.set(xlabel="predicted", ylabel="true")
     ax.set_title(f"{title}: share of each true class" + (" (numbers: images)" if few else ""), fontsize=10)
-    ticks = np.array([0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1])
-    bar = figure.colorbar(picture, ax=ax, shrink=0.7, ticks=np.sqrt(ticks))
-    bar.ax.set_yticklabels([f"{t:.0%}" for t in ticks])
+    ticks = [0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1]
+    figure.colorbar(picture, ax=ax, shrink=0.7, ticks=ticks, format=PercentFormatter(1, 0))
     save_figure(figure, path)
 
 
@@ -1536,7 +1541,7 @@ class Run:
     """Arguments, device, results folder, processes, log and stop flag: what every function needs."""
 
     def __init__(self, args):
-        # args: what the command line says; settings: the same with what `auto` and defaults came to
+        # args: the command line as it was typed; settings: the same with `auto` and defaults filled in
         self.args, self.settings, self.out = args, args, None
         try:
             self.world = int(os.environ.get("WORLD_SIZE", 1))
@@ -1617,7 +1622,8 @@ class Run:
         self.stop_asked = True
 
     def poll(self, save=lambda: None):
-        """Between batches: save() when it is due, save() and Stopped when asked; the same on every rank."""
+        """Called between batches: save() when a checkpoint is due; save(), then Stopped after a signal. All
+        ranks agree on both."""
         due = time.monotonic() > self.saved_at + 60 * self.args.checkpoint_minutes
         stop, due = self.stop_asked, due or self.stop_asked
         if self.world > 1:
@@ -1627,7 +1633,7 @@ class Run:
         if due:
             save()
         if stop:
-            self.share(None)  # the others must not leave, and have rank 0 killed by torchrun, while it saves
+            self.share(None)  # wait for rank 0: if another exits first, torchrun kills it while it saves
             raise Stopped
 
 
@@ -1678,7 +1684,8 @@ def git_commit():
 
 
 def rng(*key):
-    """A generator that depends on nothing but its key: (seed, what for, stage, epoch, step)."""
+    """A generator seeded by its key, such as (seed, "order", stage, epoch): no generator's state has to be
+    saved, as a resumed run draws the same numbers again."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -1850,17 +1857,14 @@ def try_read(path, keys):
 @contextlib.contextmanager
 def folder_lock(folder, wait=False):
     """Held until the block or the process ends; the system releases it however that happens."""
-    with contextlib.ExitStack() as stack:
+    with open(folder / ".lock", "w") as file:
         try:
-            file = stack.enter_context(open(folder / ".lock", "w"))
             if not fcntl:
                 raise OSError(errno.ENOTSUP, "no locks on this system")
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as e:
             raise InputError(f"another run is writing into {folder}") from e
         except OSError as e:
-            if e.errno in FOLDER_ERRORS:
-                raise
             print(f"warning: {folder} can't be locked ({e.strerror}): start no other run in it", flush=True)
         yield
 
@@ -2032,7 +2036,8 @@ def continue_line(out):
 
 
 def load_inputs(run, before):
-    """(data, weights, what `auto` and the defaults came to); a resumed run keeps to what args.json says."""
+    """(data, weights, resolved: what `auto` and the defaults came to). A resumed run takes that from
+    args.json, so that another machine doesn't change it."""
     args, known = run.args, before or {}
     data = load_data(known.get("dataset_flag", args.dataset), args.data_dir)
     default = CPU_RUN if run.device.type == "cpu" and data.name != "digits" else FULL_RUN
