@@ -1252,6 +1252,7 @@ def compare(args):
 # told apart by colour-blind readers too
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 BLUE, ORANGE = COLOURS[:2]
+CLASS_FONT = {"family": "monospace", "fontsize": 11}  # in which I, l and 1 differ, and O and 0
 
 
 def new_figure(width, height, rows=1, columns=1, title="", **kwargs):
@@ -1289,9 +1290,9 @@ def draw_samples(path, data):
         title += "; top row: as the files hold those of the second row (transposed)"
     rows = math.ceil(len(images) / 10)
     figure, axes = new_figure(10, 1.1 * rows, rows, 10, f"{data.name}: {title}")
-    show_images(axes.flat, images)
-    for ax, label in zip(axes.flat, labels):
-        ax.set_title(data.classes[label], fontsize=12)
+    show_images(axes.ravel(), images)
+    for ax, label in zip(axes.ravel(), labels):
+        ax.set_title(data.classes[label], **CLASS_FONT)
     save_figure(figure, path)
 
 
@@ -1319,8 +1320,8 @@ def draw_confusion(path, confusion, classes, title):
     share, few = confusion / np.maximum(1, confusion.sum(1, keepdims=True)), len(classes) <= 12
     figure, ((ax,),) = new_figure(*((7, 6) if few else (13, 12)))
     picture = ax.imshow(share, cmap="cividis", norm=PowerNorm(0.5, 0, 1))
-    ax.set_xticks(range(len(classes)), classes, fontsize=10)
-    ax.set_yticks(range(len(classes)), classes, fontsize=10)
+    ax.set_xticks(range(len(classes)), classes, **CLASS_FONT)
+    ax.set_yticks(range(len(classes)), classes, **CLASS_FONT)
     if few:
         for (row, column), count in np.ndenumerate(confusion):
             colour = "black" if share[row, column] > 0.3 else "white"
@@ -1346,7 +1347,7 @@ def draw_top_confusions(path, confusion, data, predicted, title, pairs=12, examp
         count, seen = errors[true, read], confusion[true].sum()
         names = f"{data.classes[true]} read as {data.classes[read]}"
         text = f"{names}:  {count}  ({count / seen:.0%} of {seen})" if count else "no errors"
-        row[0].text(1, 0.5, text, ha="right", va="center", fontsize=12)
+        row[0].text(1, 0.5, text, ha="right", va="center", **CLASS_FONT)
         row[0].set_axis_off()
         wanted = ((labels == true) & (predicted == read)).nonzero()[:examples, 0]
         show_images(row[1:], data.images["test"][wanted] if count else [])

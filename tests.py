@@ -1646,6 +1646,8 @@ class ResnetModel(ResnetCase):
             self.assertIn("DRY RUN", told)
         sizes = [Image.open(path).size for path in out.rglob("*.png")]
         self.assertTrue(len(sizes) == 5 and 200 < min(map(min, sizes)) and max(map(max, sizes)) < 2500, sizes)
+        dark = (np.asarray(Image.open(out / "samples.png").convert("L")) < 64).mean()
+        self.assertGreater(dark, 0.1)  # images, light on dark, and not only their labels
         self.say(self.refused("comes from a dry run", "--compare", out, "--out", self.tmp / "none")[-50:])
 
 
