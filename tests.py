@@ -2366,10 +2366,11 @@ class Devices(ResnetCase):
     @needs_gpu
     def test_killed(self):
         """A --deterministic run, killed at three places, ends with the bits of one that was not."""
-        flags = (*ResnetStops.FLAGS[:-1], "--augment", "--deterministic", "--device", GPU, "--out")
+        flags = ("--regimes", "partial_unfreeze", "--epochs", 4, "--batch-size", 90, "--limit", 200, "--augment")
+        flags += ("--checkpoint-minutes", 0, "--deterministic", "--device", GPU, "--out")
         argv, log = small_flags(self.data, *flags), self.tmp / "log"
         run_through([*argv, self.tmp / "whole"], log)
-        for point in (("step", 2), ("step", 5), ("half", 3)):
+        for point in (("step", 2), ("half", 3), ("step", 3)):
             statuses = finish(start([*argv, self.tmp / "killed"], log, functools.partial(kill_at, *point)))
             self.assertEqual(statuses, [-signal.SIGKILL], log.read_text())
         run_through([*argv, self.tmp / "killed"], log)
