@@ -2366,8 +2366,8 @@ class Devices(ResnetCase):
     @needs_gpu
     def test_killed(self):
         """A --deterministic run, killed at three places, ends with the bits of one that was not."""
-        flags = ("--regimes", "partial_unfreeze", "--epochs", 4, "--batch-size", 90, "--limit", 200, "--augment")
-        flags += ("--checkpoint-minutes", 0, "--deterministic", "--device", GPU, "--out")
+        flags = ("--regimes", "partial_unfreeze", "--epochs", 4, "--batch-size", 90, "--limit", 200)
+        flags += ("--augment", "--checkpoint-minutes", 0, "--deterministic", "--device", GPU, "--out")
         argv, log = small_flags(self.data, *flags), self.tmp / "log"
         run_through([*argv, self.tmp / "whole"], log)
         for point in (("step", 2), ("half", 3), ("step", 3)):
