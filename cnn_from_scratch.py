@@ -48,6 +48,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure  # pyplot would set up a display and global state on import
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageOps
 from scipy import ndimage
 from sklearn import datasets, metrics
@@ -735,32 +736,89 @@ def save_grid(path, images, titles, heading):
     save_figure(figure, path)
 
 
-def save_pictures(out, title, train, test, logits, log):
-    """The run's samples.png, curves.png, confusion.png and mistakes.png."""
-    save_grid(out / "samples.png", train[0][:32].cpu(), train[1][:32].tolist(), f"{title}: training samples")
-
-    figure, epochs = Figure(figsize=(9, 3.4), layout="constrained"), [row["epoch"] for row in log]
+def save_curves(path, title, log):
+    figure, epochs = Figure(figsize=(9.2, 3.6), layout="constrained"), [row["epoch"] for row in log]
     figure.suptitle(title, fontsize=11)
+    # blue and vermilion of Okabe and Ito's palette: told apart without red and green, the marks even in grey
+    train, val = (
+        ("train", "training, mean over the epoch", "o--", "#0072B2"),
+        ("val", "validation, after it", "s-", "#D55E00"),
+    )
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy")):
-        for name, label, style in (("train", "training", "o--"), ("val", "validation", "s-")):
-            axes.plot(epochs, [row[f"{name}_{key}"] for row in log], style, label=label)
-        axes.set(xlabel="epoch", ylabel=key, xticks=epochs)
+        for name, label, style, colour in (train, val):
+            axes.plot(epochs, [row[f"{name}_{key}"] for row in log], style, color=colour, label=label)
+        axes.set(xlabel="epoch", ylabel=key)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.legend()
         axes.grid(alpha=0.3)
-    save_figure(figure, out / "curves.png")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))  # the accuracy's; a loss has no unit
+    save_figure(figure, path)
 
-    images, labels = (t.cpu() for t in test)
-    p, guess = logits.cpu().softmax(1).max(1)
+
+def save_filters(path, title, model, image, label):
+    """What the convolutions have learnt, and what they make of one digit, uint8 [28, 28]."""
+    conv, relu = model.layers[:2]
+    first = second = relu(conv(to_input(image[None])))  # 1, 8, 28, 28
+    for layer in model.layers[2:6]:  # pooling, then the second convolution, ReLU and pooling
+        second = layer(second)  # in the end 1, 16, 7, 7
+    filters = conv.W[:, 0].cpu()  # 8, 3, 3
+    limit = float(filters.abs().max())
+    figure = Figure(figsize=(9.2, 6.2), layout="constrained")
+    figure.suptitle(f"{title}: what the filters have learnt", fontsize=11)
+    left, right = figure.subfigures(1, 2, width_ratios=(1.35, 8))
+    axes = left.subplots()
+    axes.imshow(image.cpu(), cmap="gray", vmin=0, vmax=255)
+    axes.set_title(f"a test digit, {label}\n(28×28)", fontsize=9)
+    axes.axis("off")
+    weights = f"first layer: its 3×3 filters, weights from {-limit:.1f} (red) to {limit:.1f} (blue)"
+    rows = (
+        (1, weights, filters, "RdBu", -limit),
+        (
+            1,
+            "what each filter makes of the digit, after ReLU: bright where they match (28×28)",
+            first[0],
+            "gray",
+            0,
+        ),
+        (
+            2,
+            "second layer: each map combines all eight above, after ReLU and pooling (7×7)",
+            second[0],
+            "gray",
+            0,
+        ),
+    )
+    for part, (n, heading, images, colours, low) in zip(
+        right.subfigures(3, 1, height_ratios=(1, 1, 1.85)), rows
+    ):
+        part.suptitle(heading, fontsize=9)
+        for axes, picture in zip(part.subplots(n, 8).flat, images.cpu()):
+            # one scale for all of a row: on a scale of its own, a filter that finds nothing would look busy
+            axes.imshow(picture, cmap=colours, vmin=low, vmax=float(images.abs().max()))
+            axes.set(xticks=[], yticks=[])
+    save_figure(figure, path)
+
+
+def save_confusion(path, title, labels, guess):
     figure = Figure(figsize=(5.6, 5.4), layout="constrained")
     axes = figure.add_subplot(title=f"{title}: test set")
     show = metrics.ConfusionMatrixDisplay.from_predictions
     show(labels, guess, labels=range(10), cmap="Blues", ax=axes, colorbar=False)
-    save_figure(figure, out / "confusion.png")
+    save_figure(figure, path)
 
+
+def save_pictures(out, title, model, train, test, logits, log):
+    """The run's PICTURES, all but one of the trained model and the test set."""
+    save_grid(out / "samples.png", train[0][:32].cpu(), train[1][:32].tolist(), f"{title}: training samples")
+    save_curves(out / "curves.png", title, log)
+    save_filters(out / "filters.png", title, model, test[0][0], int(test[1][0]))
+    images, labels = (t.cpu() for t in test)
+    p, guess = logits.cpu().softmax(1).max(1)
+    save_confusion(out / "confusion.png", title, labels, guess)
     wrong = (guess != labels).nonzero()[:, 0]
     worst = wrong[p[wrong].argsort(descending=True, stable=True)][:32]
     titles = [f"{int(labels[k])} → {int(guess[k])} ({float(p[k]):.0%})" for k in worst]
-    heading = f"{title}: worst of {len(wrong)} mistakes, true → predicted"
+    heading = f"{title}: {len(worst)} of {len(wrong)} mistakes, the surest first, true → predicted (how sure)"
     save_grid(out / "mistakes.png", images[worst], titles, heading)
 
 
@@ -931,7 +989,7 @@ def predict(args):
 
 # ---------------------------------------------------------------------------------------------- the run
 
-PICTURES = ("samples.png", "curves.png", "confusion.png", "mistakes.png")
+PICTURES = ("samples.png", "curves.png", "filters.png", "confusion.png", "mistakes.png")
 RUN_FILES = {"args.json", "log.csv", "metrics.json", "best.pt", *PICTURES}
 TEMPORARY = {Path(name).with_suffix(".tmp").name for name in RUN_FILES}  # what a killed run may leave behind
 BEFORE = {"code", "commit", ".lock"}  # what a batch job lays there before the run starts, and the lock
@@ -1048,7 +1106,7 @@ def run(args):
         log = fit(model, train, val, args, out)
         test_loss, test_accuracy, logits = evaluate(model, *test)
         title = f"{dataset}, seed {args.seed}" + (", dry run" if args.dry_run else "")
-        save_pictures(out, title, train, test, logits, log)
+        save_pictures(out, title, model, train, test, logits, log)
         best = next(row for row in reversed(log) if row["best"])
         seconds = sum(row["seconds"] for row in log), time.perf_counter() - began
         results = dict(dataset=dataset, seed=args.seed, device=device_name(device), torch=torch.__version__)
