@@ -25,6 +25,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import errno
 import functools
@@ -48,6 +49,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure  # pyplot would set up a display and global state on import
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageOps
 from scipy import ndimage
 from sklearn import datasets, metrics
@@ -59,6 +61,7 @@ except ImportError:  # Windows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WEIGHT_DECAY = 5e-4  # of the one-cycle recipe
+EPOCHS = {"mnist": 5, "digits": 30}  # --epochs' default: MNIST's have 844 steps, the digits' 21
 
 # ---------------------------------------------------------------------------------------------- layers
 
@@ -71,7 +74,7 @@ class Module:
     Raises RuntimeError for backward() before a forward pass, ValueError for input that does not fit.
     """
 
-    args = out = None
+    args = out = None  # on the class: a layer needs no super().__init__()
     input_grad = True  # Sequential sets it to False where nobody needs the gradient of a first layer's input
 
     @torch.no_grad()  # a caller's tensor may require torch's own gradients, but its graph must not grow
@@ -139,6 +142,8 @@ def glorot_uniform(shape, fan_in, fan_out, device, dtype):
     """Uniform within ±sqrt(6 / (fan_in + fan_out)): Glorot and Bengio 2010, "Understanding the difficulty of
     training deep feedforward neural networks", equation 16. Drawn on the CPU: the same weights on any device.
     """
+    # uniform in ±a has the variance a²/3, here 2 / (fan_in + fan_out): between 1 / fan_in, which keeps the
+    # size of the activations from layer to layer, and 1 / fan_out, which keeps that of the gradients
     limit = math.sqrt(6 / (fan_in + fan_out))
     return torch.empty(shape, device="cpu", dtype=dtype).uniform_(-limit, limit).to(device or DEVICE)
 
@@ -152,6 +157,7 @@ class Linear(Module):
     def __init__(self, in_features, out_features, device=None, dtype=None):
         check_sizes(in_features=in_features, out_features=out_features)
         self.w = glorot_uniform((in_features, out_features), in_features, out_features, device, dtype)
+        # zeros will do: the random w already makes the units differ
         self.b = torch.zeros(out_features, device=device or DEVICE, dtype=dtype)
 
     def parameters(self):
@@ -164,7 +170,7 @@ class Linear(Module):
     def bwd(self, out, x):
         g = upstream(out)  # N, out_features
         self.w.g = x.t() @ g
-        self.b.g = g.sum(0)
+        self.b.g = g.sum(0)  # b was added to each of the N rows
         if self.input_grad:
             x.g = g @ self.w.t()
 
@@ -187,6 +193,7 @@ class Conv2D(Module):
         self.kernel, self.stride = as_pair("kernel_size", kernel_size), as_pair("stride", stride)
         self.padding = as_pair("padding", padding, least=0)
         shape, area = (out_channels, in_channels, *self.kernel), math.prod(self.kernel)
+        # an output pixel has `area` weights for each input channel, an input pixel for each output channel
         self.W = glorot_uniform(shape, in_channels * area, out_channels * area, device, dtype)
         self.b = torch.zeros(out_channels, device=device or DEVICE, dtype=dtype) if bias else None
 
@@ -201,11 +208,12 @@ class Conv2D(Module):
         weight = torch.cat((self.W.reshape(O, -1), b[:, None]), 1)  # O, K+1
         cols = self.im2col(x, Ho, Wo)  # K+1, L
         out = product(weight, cols).view(O, Ho, Wo, N).permute(3, 0, 1, 2)  # N, O, Ho, Wo
-        out.cols = cols
+        out.cols = cols  # dW needs the same matrix: kept, not made again
         return out
 
     def bwd(self, out, x):
         N, O, Ho, Wo = out.shape
+        # no copy where the gradient is laid out in memory as the output is, as here after ReLU and MaxPool2D
         g = upstream(out).permute(1, 2, 3, 0).reshape(O, Ho * Wo * N)  # O, L
         if self.b is not None:
             self.b.g = g.sum(1)
@@ -218,6 +226,7 @@ class Conv2D(Module):
     def im2col(self, x, Ho, Wo):
         """x [N, C, H, W] -> cols [K+1, L]."""
         (N, C, _, _), (kH, kW), (sH, sW), (pH, pW) = x.shape, self.kernel, self.stride, self.padding
+        # N last: the copy below then moves runs of N numbers, however narrow the images are
         xp = F.pad(x.permute(1, 2, 3, 0), (0, 0, pW, pW, pH, pH))  # C, H+2p, W+2p, N
         windows = xp.unfold(1, kH, sH).unfold(2, kW, sW)  # C, Ho, Wo, N, kH, kW: a view, nothing is copied
         cols = x.new_empty(C * kH * kW + 1, Ho * Wo * N)
@@ -230,6 +239,7 @@ class Conv2D(Module):
         (N, C, H, W), (kH, kW), (sH, sW), (pH, pW) = x.shape, self.kernel, self.stride, self.padding
         dcols = dcols.view(C, kH, kW, Ho, Wo, N)
         dxp = dcols.new_zeros(C, H + 2 * pH, W + 2 * pW, N)
+        # over the kernel, not over the windows: a few additions of large tensors, not many of small ones
         for i in range(kH):
             for j in range(kW):
                 # Ho × Wo pixels, s apart
@@ -270,6 +280,7 @@ class MaxPool2D(Module):
         (pH, pW), xp = self.padding, x
         if any(self.padding) or self.kernel == (1, 1):  # a 1×1 pooling must not return x itself
             xp = F.pad(x, (pW, pW, pH, pH), value=-math.inf)  # N, C, H+2p, W+2p
+        # a k×k window takes about 2k comparisons so, not k²
         rows = self.pool(xp, 3)  # N, C, H+2p, Wo
         out = self.pool(rows, 2)  # N, C, Ho, Wo
         out.xp, out.rows = xp, rows
@@ -353,7 +364,7 @@ class CrossEntropy(Module):
         log_p = logits - logits.amax(1, keepdim=True)  # N, classes
         log_p -= log_p.exp().sum(1, keepdim=True).log_()
         loss = log_p.gather(1, targets[:, None]).mean().neg_()
-        loss.log_p = log_p
+        loss.log_p = log_p  # bwd needs softmax, which is its exp
         return loss
 
     def bwd(self, out, logits, targets):
@@ -362,7 +373,7 @@ class CrossEntropy(Module):
         check(torch.as_tensor(g).numel() == 1, "CrossEntropy: loss.g is not one number")
         difference = out.log_p.exp()  # N, classes: softmax, then minus the one-hot targets
         difference.scatter_add_(1, targets.long()[:, None], difference.new_full((len(logits), 1), -1))
-        logits.g = difference.mul_(g / max(len(logits), 1))
+        logits.g = difference.mul_(g / max(len(logits), 1))  # N: the loss is a mean; 1 for no rows
 
 
 class Sequential(Module):
@@ -454,14 +465,16 @@ class SGD:
                 g = g.add(p, alpha=self.weight_decay)
             if self.momentum:
                 v = self.velocity[i]
+                # a copy at first: v is changed in place from then on, and p.g must not change with it
                 v = self.velocity[i] = g.clone() if v is None else v.mul_(self.momentum).add_(g)
                 g = g.add(v, alpha=self.momentum) if self.nesterov else v
-            p.sub_(g, alpha=self.lr)
+            p.sub_(g, alpha=self.lr)  # in place: the layers hold this very tensor
 
 
 def build_cnn(device=None, dtype=None):
     """The assignment's network for [N, 1, 28, 28]: two convolutions, one linear layer, 9,098 parameters."""
     where = {"device": device, "dtype": dtype}
+    # a padding of 1 makes up for what a 3×3 window loses at the border: the poolings alone shrink the image
     model = Sequential(
         *(Conv2D(1, 8, 3, padding=1, **where), ReLU(), MaxPool2D(2)),  # N, 8, 14, 14
         *(Conv2D(8, 16, 3, padding=1, **where), ReLU(), MaxPool2D(2)),  # N, 16, 7, 7
@@ -505,7 +518,7 @@ class InputError(ValueError):
     """Bad input from the user: one line, exit status 2."""
 
 
-# the errors of a folder that can't be written; any other error of a download is the network's
+# these say that a folder can't be written; anything else that stops a download is the network's
 FOLDER_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
@@ -517,35 +530,35 @@ def one_line(error, limit=200):
 
 
 def load_mnist(folder):
-    """MNIST's training and test set, downloaded into `folder` by torchvision where they are missing.
+    """MNIST's training and test set: [(images uint8 [n, 28, 28], labels int64 [n]), the same for the test].
 
-    Returns [(images uint8 [60000, 28, 28], labels int64 [60000]), (the same for 10000)].
-    Raises ConnectionError if it is neither there nor to be had, InputError if its files are damaged or the
-    folder can't be written.
+    Downloads them into `folder` if they are missing. Raises ConnectionError if that fails, InputError if the
+    files are damaged or the folder can't be written.
     """
-    raw = Path(folder) / "MNIST" / "raw"
-    names = [
-        f"{which}-{kind}-ubyte" for which in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-    ]
+    raw, sets = Path(folder) / "MNIST" / "raw", []
+    names = [f"{s}-{kind}-ubyte" for s in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     if not all((raw / name).exists() for name in names):
         download_mnist(folder, raw, names)
-    sets = []
-    for train, which in ((True, "train"), (False, "t10k")):
+    for name in ("train", "t10k"):
         try:
-            found = torchvision.datasets.MNIST(folder, train=train)
-            sets.append(checked(found.data, found.targets))
-        except Exception as e:  # damage shows in many ways: assertion, reshape, end of file, labels
-            raise InputError(f"{raw}: {which}-* is damaged ({one_line(e)}): delete it and start again") from e
+            data = torchvision.datasets.MNIST(folder, train=name == "train")
+            images, labels = data.data, data.targets
+            # torchvision checks none of these; max() raises on an empty set, too
+            if images.shape[1:] != (28, 28) or len(images) != len(labels) or labels.max() > 9:
+                raise ValueError("images that are not 28×28, not one label for each, or labels above 9")
+        except Exception as e:  # damage shows as anything from an assertion to the end of the file
+            raise InputError(f"{raw}: {name}-* is damaged ({one_line(e)}): delete it and start again") from e
+        sets.append((images, labels))
     return sets
 
 
 def download_mnist(folder, raw, names):
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds; a silent network would hang the run
+    socket.setdefaulttimeout(30)  # seconds; without it, a server that never answers would hang the run
     try:
         torchvision.datasets.MNIST(folder, download=True)  # tries its mirrors, compares checksums
-    except Exception as e:  # whatever network, server, archive or folder may throw
-        # the errno of an URLError is None; an SSLError has one of its own numbering
+    except Exception as e:  # network, server, archive or folder: each raises its own
+        # the errno of an SSLError is OpenSSL's, not the system's
         if getattr(e, "errno", None) in FOLDER_ERRORS and not isinstance(e, ssl.SSLError):
             raise InputError(f"--data-dir: {raw} can't be written ({one_line(e)})") from e
         mirrors = " or ".join(torchvision.datasets.MNIST.mirrors)
@@ -557,22 +570,15 @@ def download_mnist(folder, raw, names):
         socket.setdefaulttimeout(timeout)
 
 
-def checked(images, labels):
-    """(images, labels); raises ValueError unless they are a usable data set."""
-    if images.dtype != torch.uint8 or images.shape[1:] != (28, 28) or len(images) != len(labels):
-        raise ValueError(f"images {images.dtype} {list(images.shape)}, {len(labels)} labels")
-    if len(images) == 0 or labels.min() < 0 or labels.max() > 9:
-        raise ValueError(f"{len(images)} images, labels {labels.tolist()[:9]}: expected some, labels 0 to 9")
-    return images, labels.long()
-
-
 def load_digits():
     """scikit-learn's 1,797 real digits, 8×8 scaled to 28×28, in the form of load_mnist: 1,437 and 360."""
     digits = datasets.load_digits()
-    images = torch.from_numpy(digits.images)[:, None] * (255 / 16)  # n, 1, 8, 8
+    images = torch.from_numpy(digits.images)[:, None] * (255 / 16)  # n, 1, 8, 8; grey levels were 0 to 16
     images = F.interpolate(images, size=(28, 28), mode="bilinear").round_().to(torch.uint8)[:, 0]
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # the same for every seed
-    return [checked(images[k], torch.from_numpy(digits.target)[k]) for k in (order[360:], order[:360])]
+    labels = torch.from_numpy(digits.target).long()
+    # the same test set for every seed: runs with different seeds can be compared
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return [(images[rows], labels[rows]) for rows in (order[360:], order[:360])]
 
 
 def load_data(dataset, folder):
@@ -582,16 +588,16 @@ def load_data(dataset, folder):
     except ConnectionError as e:
         if dataset == "mnist":
             raise InputError(f"{e}, or use --dataset digits") from e
-        print("!" * 100 + f"\nWARNING: {e}.")
-        print("This run is on scikit-learn's 1,797 small digits instead of MNIST;")
-        print("nothing that it prints says anything about MNIST.\n" + "!" * 100, flush=True)
+        print("!" * 100 + f"\nWARNING: {e}.\nThis run trains on scikit-learn's 1,797 small digits instead:")
+        print("none of its results are MNIST's.\n" + "!" * 100, flush=True)
         return "digits", load_digits()
 
 
 def split(images, labels, seed):
-    """90 % to train and 10 % to validate, drawn by a generator of its own; InputError for less than ten."""
+    """A random 90 % for training and 10 % for validation; InputError for fewer than ten images."""
     if len(images) < 10:
         raise InputError(f"{len(images)} training images are too few to keep a tenth for validation")
+    # a generator of its own: the split stays the same, whatever else draws random numbers before
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     tenth = len(order) // 10
     return [(images[rows], labels[rows]) for rows in (order[tenth:], order[:tenth])]
@@ -605,6 +611,7 @@ def to_input(images):
 
 def batches(images, labels, size, generator, shift):
     """One epoch of (x, y): every sample once, in random order, moved by up to `shift` pixels each way."""
+    # windows[n, d, r] is image n moved by (shift - d, shift - r): a view, so all the moves cost no memory
     windows = F.pad(images, (shift,) * 4).unfold(1, 28, 1).unfold(2, 28, 1)  # n, 2·shift+1, 2·shift+1, 28, 28
     order = torch.randperm(len(images), generator=generator).to(images.device)
     down, right = torch.randint(2 * shift + 1, (2, len(images)), generator=generator).to(images.device)
@@ -619,88 +626,91 @@ def learning_rate(step, steps, peak, schedule):
     """One-cycle (Smith 2018, arXiv 1803.09820): linearly up over the first tenth, then linearly to zero."""
     if schedule == "constant":
         return peak
+    # full speed from the start could throw the random weights far off, and at the end would not settle
     return peak * min(1, (step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
 
 
-def train_epoch(model, optimizer, data, rates):
+def train_epoch(model, optimizer, data, rates, epoch=1):
     """One pass over the batches of `data`, with a learning rate for each step; returns (loss, accuracy).
 
-    Raises FloatingPointError with the step's number where the loss is not finite.
+    Raises FloatingPointError with the numbers of step and epoch where the loss is not finite.
     """
     criterion, losses, hits, sizes = CrossEntropy(), [], [], []
     for rate, (x, y) in zip(rates, data):
         optimizer.lr = rate
         logits = model(x)
         losses.append(criterion(logits, y))
-        criterion.backward()
-        model.backward(logits, input_grad=False)
+        criterion.backward()  # sets logits.g
+        model.backward(logits, input_grad=False)  # sets W.g, w.g and b.g
         optimizer.step()
         hits.append((logits.argmax(1) == y).sum())  # stays on the device: reading it would wait for a GPU
         sizes.append(len(y))
     losses = torch.stack(losses).tolist()
     for step, loss in enumerate(losses, 1):
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss:.3g} at step {step}")
+            where = f"at step {step} of epoch {epoch}"
+            raise FloatingPointError(f"the loss is {loss} {where}: try a smaller --lr")
     total = sum(loss * n for loss, n in zip(losses, sizes))  # a smaller last batch counts as what it is
     return total / sum(sizes), int(sum(hits)) / sum(sizes)
 
 
 def evaluate(model, images, labels):
     """(mean loss, accuracy in 0..1, logits [n, 10]) of uint8 images [n, 28, 28]."""
+    # in chunks: im2col holds every pixel nine times
     logits = torch.cat([model(to_input(chunk)) for chunk in images.split(1000)])
     hits = int((logits.argmax(1) == labels).sum())
     return float(CrossEntropy()(logits, labels)), hits / len(labels), logits
 
 
 def named(model):
-    """The parameters by name: number of the layer and attribute, such as 0.W."""
-    return {
-        f"{i}.{k}": v for i, m in enumerate(model.layers) for k, v in vars(m).items() if k in ("W", "w", "b")
-    }
+    """The parameters by name, which is the layer's number and the attribute: 0.W."""
+    layers = enumerate(model.layers)
+    return {f"{i}.{k}": v for i, layer in layers for k, v in vars(layer).items() if k in ("W", "w", "b")}
 
 
 def fit(model, train, val, args, out):
     """Trains, and leaves the model with the weights of the best epoch on validation (the first of equals).
 
-    After every epoch log.csv is written into the folder `out`, and best.pt if the epoch is the best so far.
-    Returns the log: a dict for each epoch.
+    Writes log.csv into the folder `out` after every epoch, and best.pt after every best one so far. Returns
+    the log: a dict for each epoch.
     """
     course = args.schedule == "constant"  # the course's recipe: no Nesterov, no weight decay, no shifts
     decay, shift = (0, 0) if course else (WEIGHT_DECAY, 1)
     sgd = SGD(model.parameters(), args.lr, args.momentum, not course and args.momentum > 0, decay)
     generator = torch.Generator().manual_seed(args.seed)
     per_epoch, epochs = math.ceil(len(train[0]) / args.batch_size), 1 if args.dry_run else args.epochs
-    steps, best, log, start = epochs * per_epoch, -1, [], time.perf_counter()
+    best, log, start = -1, [], time.perf_counter()
     for epoch in range(1, epochs + 1):
-        began, first = time.perf_counter(), (epoch - 1) * per_epoch
-        rates = [learning_rate(first + k, steps, args.lr, args.schedule) for k in range(per_epoch)]
-        try:
-            loss, accuracy = train_epoch(
-                model, sgd, batches(*train, args.batch_size, generator, shift), rates
-            )
-            seconds = time.perf_counter() - began
-            val_loss, val_accuracy, _ = evaluate(model, *val)
-            if not math.isfinite(val_loss):  # the losses above are those before the last step
-                raise FloatingPointError(f"the loss is {val_loss:.3g} after step {per_epoch}")
-        except FloatingPointError as e:
-            raise FloatingPointError(f"{e} of epoch {epoch}: try a smaller --lr") from None
+        began, steps = time.perf_counter(), range((epoch - 1) * per_epoch, epoch * per_epoch)
+        rates = [learning_rate(k, epochs * per_epoch, args.lr, args.schedule) for k in steps]
+        data = batches(*train, args.batch_size, generator, shift)
+        loss, accuracy = train_epoch(model, sgd, data, rates, epoch)
+        seconds = time.perf_counter() - began
+        val_loss, val_accuracy, _ = evaluate(model, *val)
+        if not math.isfinite(val_loss):  # a training loss is from before its step: none shows the last step
+            raise FloatingPointError(f"the loss is {val_loss} after epoch {epoch}: try a smaller --lr")
         row = dict(epoch=epoch, train_loss=loss, train_accuracy=accuracy, val_loss=val_loss)
         row |= dict(val_accuracy=val_accuracy, lr=rates[-1], seconds=seconds, best=int(val_accuracy > best))
         log.append(row)
         if row["best"]:
-            best, weights = val_accuracy, {name: p.clone() for name, p in named(model).items()}
+            # copies: the optimizer goes on changing the parameters in place
+            best, weights = val_accuracy, {name: p.to("cpu", copy=True) for name, p in named(model).items()}
             buffer = io.BytesIO()
-            torch.save({name: p.cpu() for name, p in weights.items()}, buffer)
+            torch.save(weights, buffer)
             write_file(out / "best.pt", buffer.getvalue())
-        table = [row.keys(), *(row.values() for row in log)]
-        write_file(out / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in table).encode())
-        print_epoch(row, epochs, (time.perf_counter() - start) / epoch * (epochs - epoch))
+        report_epoch(out, log, epochs, (time.perf_counter() - start) / epoch * (epochs - epoch))
     for name, p in named(model).items():
         p.copy_(weights[name])
     return log
 
 
-def print_epoch(row, epochs, eta):
+def report_epoch(out, log, epochs, eta):
+    """Writes the log as log.csv, and prints its last row."""
+    table, row = io.StringIO(), log[-1]
+    writer = csv.DictWriter(table, row, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(log)
+    write_file(out / "log.csv", table.getvalue().encode())
     train, val = (f"{k} loss {row[f'{k}_loss']:.4f} acc {row[f'{k}_accuracy']:.2%}" for k in ("train", "val"))
     times = f"lr {row['lr']:.1e} | {duration(row['seconds'])} | eta {duration(eta)}"
     best = " | best" if row["best"] else ""
@@ -727,27 +737,65 @@ def save_grid(path, images, titles, heading):
     rows = max(1, math.ceil(len(images) / 8))
     figure = Figure(figsize=(9.2, 1.4 * rows + 0.5), layout="constrained")
     figure.suptitle(heading, fontsize=11)
-    for k, axes in enumerate(figure.subplots(rows, 8, squeeze=False).flat):
-        axes.axis("off")
-        if k < len(images):
-            axes.imshow(images[k], cmap="gray", vmin=0, vmax=255)
-            axes.set_title(titles[k], fontsize=8)
+    grid = figure.subplots(rows, 8, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis("off")  # also where the last row has no image
+    for axes, image, title in zip(grid, images, titles):
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+        axes.set_title(title, fontsize=8)
     save_figure(figure, path)
 
 
-def save_pictures(out, title, train, test, logits, log):
-    """The run's samples.png, curves.png, confusion.png and mistakes.png."""
-    save_grid(out / "samples.png", train[0][:32].cpu(), train[1][:32].tolist(), f"{title}: training samples")
-
-    figure, epochs = Figure(figsize=(9, 3.4), layout="constrained"), [row["epoch"] for row in log]
+def save_curves(path, title, log):
+    figure, epochs = Figure(figsize=(9.2, 3.6), layout="constrained"), [row["epoch"] for row in log]
     figure.suptitle(title, fontsize=11)
+    # blue and vermilion of Okabe and Ito's palette: told apart without red and green, the marks even in grey
+    train = "train", "training, mean over the epoch", "o--", "#0072B2"
+    val = "val", "validation, after the epoch", "s-", "#D55E00"
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy")):
-        for name, label, style in (("train", "training", "o--"), ("val", "validation", "s-")):
-            axes.plot(epochs, [row[f"{name}_{key}"] for row in log], style, label=label)
-        axes.set(xlabel="epoch", ylabel=key, xticks=epochs)
+        for name, label, style, colour in (train, val):
+            axes.plot(epochs, [row[f"{name}_{key}"] for row in log], style, color=colour, ms=5, label=label)
+        axes.set(xlabel="epoch", ylabel=key, xlim=(0.5, len(log) + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.legend()
         axes.grid(alpha=0.3)
-    save_figure(figure, out / "curves.png")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))  # the accuracy's; a loss has no unit
+    save_figure(figure, path)
+
+
+def save_filters(path, title, model, image, label):
+    """What the convolutions have learnt, and what they make of one digit, uint8 [28, 28]."""
+    x, maps = to_input(image[None]), []
+    for layer in model.layers[:6]:  # one by one: model(x) would run the pooling before ReLU
+        x = layer(x)
+        maps.append(x[0].cpu())
+    filters = model.layers[0].W[:, 0].cpu()  # 8, 3, 3
+    limit = float(filters.abs().max())
+    figure = Figure(figsize=(9.2, 6.2), layout="constrained")
+    figure.suptitle(f"{title}: what the filters have learnt", fontsize=11)
+    left, right = figure.subfigures(1, 2, width_ratios=(1.35, 8))
+    axes = left.add_subplot(xticks=[], yticks=[])
+    axes.set_title(f"a test digit, {label}\n(28×28)", fontsize=9)
+    axes.imshow(image.cpu(), cmap="gray")
+    first = f"first layer: its 3×3 filters, weights from {-limit:.1f} (red) to {limit:.1f} (blue)"
+    match = "what each filter makes of the digit, after ReLU: bright where they match (28×28)"
+    second = "second layer: each map combines all eight above, after ReLU and pooling (7×7)"
+    rows = zip((first, match, second), (filters, maps[1], maps[5]), ("RdBu", "gray", "gray"), (-limit, 0, 0))
+    for part, row in zip(right.subfigures(3, 1, height_ratios=(1, 1, 1.85)), rows):
+        heading, images, colours, low = row
+        part.suptitle(heading, fontsize=9)
+        for axes, picture in zip(part.subplots(len(images) // 8, 8).flat, images):
+            # one scale for all of a row: on a scale of its own, a filter that finds nothing would look busy
+            axes.imshow(picture, cmap=colours, vmin=low, vmax=float(images.abs().max()))
+            axes.set(xticks=[], yticks=[])
+    save_figure(figure, path)
+
+
+def save_pictures(out, title, model, train, test, logits, log):
+    """The run's PICTURES; logits are the trained model's for the test set."""
+    save_grid(out / "samples.png", train[0][:32].cpu(), train[1][:32].tolist(), f"{title}: training samples")
+    save_curves(out / "curves.png", title, log)
+    save_filters(out / "filters.png", title, model, test[0][0], int(test[1][0]))
 
     images, labels = (t.cpu() for t in test)
     p, guess = logits.cpu().softmax(1).max(1)
@@ -760,7 +808,7 @@ def save_pictures(out, title, train, test, logits, log):
     wrong = (guess != labels).nonzero()[:, 0]
     worst = wrong[p[wrong].argsort(descending=True, stable=True)][:32]
     titles = [f"{int(labels[k])} → {int(guess[k])} ({float(p[k]):.0%})" for k in worst]
-    heading = f"{title}: worst of {len(wrong)} mistakes, true → predicted"
+    heading = f"{title}: {len(worst)} of {len(wrong)} mistakes, the surest first, true → predicted (how sure)"
     save_grid(out / "mistakes.png", images[worst], titles, heading)
 
 
@@ -899,31 +947,28 @@ def load_weights(path, model):
     """A run's best.pt into the model; InputError if it is something else, or damaged."""
     try:
         content = Path(path).read_bytes()
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load does not look at its checksums
-            if archive.testzip():
-                raise ValueError("a checksum does not fit")
+        if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load does not look at its checksums
+            raise ValueError("a checksum does not fit")
         weights = dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
         for name, p in named(model).items():
-            if weights[name].shape != p.shape:
-                raise ValueError(f"{name} is {list(weights[name].shape)}, expected {list(p.shape)}")
-            p.copy_(weights[name])
+            p.copy_(weights[name].view_as(p))  # copy_ alone would repeat a smaller tensor until it fits
     except Exception as e:  # unpickling fails in many ways
         raise InputError(f"--checkpoint {path}: not a run's best.pt ({one_line(e, 120)})") from e
 
 
 def predict(args):
     """Prints a line for every picture; returns the exit status, 2 if one of them could not be read."""
-    model, status = build_cnn(choose_device(args.device)), 0
+    device, status = choose_device(args.device), 0
+    model = build_cnn(device)
     load_weights(args.checkpoint, model)
     for path in args.predict:
         try:
             image, warning = read_digit(path)
-        except InputError as e:
+        except InputError as e:  # the other pictures may be good
             print(f"error: {e}", file=sys.stderr, flush=True)
             status = 2
             continue
-        x = to_input(image[None].to(model.parameters()[0].device))
-        p = model(x).softmax(1)[0].tolist()
+        p = model(to_input(image[None].to(device))).softmax(1)[0].tolist()
         line = f"{path}: {np.argmax(p)} | " + "  ".join(f"{k} {share:.1%}" for k, share in enumerate(p))
         print(line + (f" | warning: {warning}" if warning else ""), flush=True)
     return status
@@ -931,29 +976,26 @@ def predict(args):
 
 # ---------------------------------------------------------------------------------------------- the run
 
-PICTURES = ("samples.png", "curves.png", "confusion.png", "mistakes.png")
+PICTURES = ("samples.png", "curves.png", "filters.png", "confusion.png", "mistakes.png")
 RUN_FILES = {"args.json", "log.csv", "metrics.json", "best.pt", *PICTURES}
-TEMPORARY = {Path(name).with_suffix(".tmp").name for name in RUN_FILES}  # what a killed run may leave behind
 BEFORE = {"code", "commit", ".lock"}  # what a batch job lays there before the run starts, and the lock
 
 
 def write_file(path, content):
-    """Writes bytes whole or not at all: temporary file, fsync, rename; InputError if the folder refuses."""
-    temporary = path.with_suffix(".tmp")
+    """Writes bytes, or anything else as JSON, whole or not at all; InputError if the folder refuses."""
+    if not isinstance(content, bytes):
+        content = (json.dumps(content, indent=1) + "\n").encode()
+    temporary = path.with_suffix(".tmp")  # renamed when it is complete
     try:
         with open(temporary, "wb") as f:
             f.write(content)
             f.flush()
-            os.fsync(f.fileno())
+            os.fsync(f.fileno())  # else a power cut could leave the new name without the content
         os.replace(temporary, path)
     except OSError as e:
         with contextlib.suppress(OSError):  # half a file would keep a full disk full
             temporary.unlink()
         raise InputError(f"--out: {path} can't be written ({e.strerror})") from e
-
-
-def as_json(content):
-    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def device_name(device):
@@ -983,9 +1025,9 @@ def choose_device(name):
 
 
 def seed_everything(seed, deterministic):
-    """For the initial weights (split and order have generators of their own); deterministic: on CUDA, too."""
+    """For the initial weights; split and order have generators of their own."""
     torch.manual_seed(seed)
-    if deterministic:
+    if deterministic:  # CUDA's products are deterministic with this workspace alone
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
 
@@ -993,23 +1035,27 @@ def seed_everything(seed, deterministic):
 def finished(out, arguments):
     """Whether `out` holds a finished run of the same arguments; InputError if a run can't go there."""
     try:
-        files = {path.name for path in out.iterdir()} - BEFORE if out.exists() else set()
-        before = json.loads((out / "args.json").read_text()) if "args.json" in files else {}
+        names = {path.name for path in out.iterdir() if path.suffix != ".tmp"} if out.exists() else set()
+        names -= BEFORE
+        before = json.loads((out / "args.json").read_text()) if "args.json" in names else {}
+        if arguments["epochs"] is None:  # the default, which with auto depends on the data set that was there
+            defaults = [n for name, n in EPOCHS.items() if arguments["dataset"] in (name, "auto")]
+            there = before.get("epochs")
+            arguments = arguments | {"epochs": there if there in defaults else defaults[0]}
         other = [f"--{k} {before.get(k)} there, {v} now" for k, v in arguments.items() if before.get(k) != v]
     except (OSError, ValueError, AttributeError) as e:  # no folder; no JSON; JSON, but not a dict
         raise InputError(f"--out {out} can't be used ({one_line(e, 80)})") from e
-    foreign = files - RUN_FILES - TEMPORARY
-    if foreign or (files - TEMPORARY and not before):
-        raise InputError(f"--out {out} holds other files ({', '.join(sorted(foreign or files))[:80]})")
+    foreign = names - RUN_FILES if before else names
+    if foreign:
+        raise InputError(f"--out {out} holds other files ({', '.join(sorted(foreign))[:80]})")
     if before and other:
-        raise InputError(
-            f"--out {out} holds a run with other arguments: {'; '.join(other).replace('_', '-')}"
-        )
-    return "metrics.json" in files
+        other = "; ".join(other).replace("_", "-")
+        raise InputError(f"--out {out} holds a run with other arguments: {other}")
+    return "metrics.json" in names
 
 
 def claim_folder(out, arguments):
-    """Makes the folder, with args.json; returns a lock that keeps other runs out of it until it is closed."""
+    """Makes the folder; returns a lock that keeps other runs out of it until it is closed."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "a")
@@ -1020,10 +1066,9 @@ def claim_folder(out, arguments):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         raise InputError(f"another run is writing into {out}") from e
-    except OSError as e:
+    except OSError as e:  # some network file systems have no locks
         print(f"warning: {out} can't be locked ({e.strerror}): let no other run use it", flush=True)
     finished(out, arguments)  # another run may have begun here meanwhile
-    write_file(out / "args.json", as_json(arguments))
     return lock
 
 
@@ -1038,32 +1083,32 @@ def run(args):
     device = choose_device(args.device)
     seed_everything(args.seed, args.deterministic)
     dataset, (train, test) = load_data(args.dataset, args.data_dir)
+    args.epochs = args.epochs or EPOCHS[dataset]
     train, val = split(*train, args.seed)
     size = args.batch_size if args.dry_run else None
     train, val, test = ([t[:size].to(device) for t in pair] for pair in (train, val, test))
     model = build_cnn(device)
     with claim_folder(out, arguments):
+        write_file(out / "args.json", arguments | {"epochs": args.epochs})
         print(f"{dataset}: {len(train[0])} train, {len(val[0])} validation, {len(test[0])} test images")
         print(f"{device_name(device)} | torch {torch.__version__} | seed {args.seed} | {out}", flush=True)
         log = fit(model, train, val, args, out)
         test_loss, test_accuracy, logits = evaluate(model, *test)
         title = f"{dataset}, seed {args.seed}" + (", dry run" if args.dry_run else "")
-        save_pictures(out, title, train, test, logits, log)
-        best = next(row for row in reversed(log) if row["best"])
+        save_pictures(out, title, model, train, test, logits, log)
+        best, params = next(row for row in reversed(log) if row["best"]), model.parameters()
         seconds = sum(row["seconds"] for row in log), time.perf_counter() - began
-        results = dict(dataset=dataset, seed=args.seed, device=device_name(device), torch=torch.__version__)
-        results |= dict(git_commit=git_commit(), command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
-        results |= dict(dry_run=args.dry_run, epochs=len(log), batch_size=args.batch_size)
-        results |= dict(samples_per_epoch=len(train[0]))
-        results |= dict(trainable_params=sum(p.numel() for p in model.parameters()))
-        results |= dict(train_seconds=seconds[0], total_seconds=seconds[1], best_epoch=best["epoch"])
-        results |= dict(val_accuracy=best["val_accuracy"], test_accuracy=test_accuracy, test_loss=test_loss)
-        write_file(out / "metrics.json", as_json(results))  # last: without it, a run is unfinished
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        results = dict(dataset=dataset, seed=args.seed, dry_run=args.dry_run, epochs=len(log))
+        results |= dict(batch_size=args.batch_size, samples_per_epoch=len(train[0]), command=command)
+        results |= dict(device=device_name(device), torch=torch.__version__, git_commit=git_commit())
+        results |= dict(trainable_params=sum(p.numel() for p in params), best_epoch=best["epoch"])
+        results |= dict(train_seconds=seconds[0], total_seconds=seconds[1], val_accuracy=best["val_accuracy"])
+        results |= dict(test_accuracy=test_accuracy, test_loss=test_loss)
+        write_file(out / "metrics.json", results)  # last: without it, a run is unfinished
     print(f"training {duration(seconds[0])}, in all {duration(seconds[1])}; results in {out}")
-    print(
-        f"{dataset} test, once, with the weights of epoch {best['epoch']} (best on validation: "
-        f"{best['val_accuracy']:.2%}): accuracy {test_accuracy:.2%}, loss {test_loss:.4f}"
-    )
+    chosen = f"with the weights of epoch {best['epoch']} (best on validation: {best['val_accuracy']:.2%})"
+    print(f"{dataset} test, once, {chosen}: accuracy {test_accuracy:.2%}, loss {test_loss:.4f}")
     return 0
 
 
@@ -1072,29 +1117,24 @@ def run(args):
 
 def parse(argv):
     parser = argparse.ArgumentParser(
-        description="Trains the CNN with hand-written gradients on MNIST, or reads digits with it."
+        description="Trains the CNN on MNIST, or reads digits with a trained one."
     )
+    default = " (default: %(default)s)"  # argparse fills it in
     add = parser.add_argument_group("data").add_argument
-    text = "auto: MNIST, or digits where it can't be had (default: %(default)s)"
+    text = "auto: MNIST, or digits where it can't be had" + default
     add("--dataset", choices=("auto", "mnist", "digits"), default="auto", help=text)
-    add("--data-dir", default="data", metavar="DIR", help="folder of the data sets (default: %(default)s)")
+    add("--data-dir", default="data", metavar="DIR", help="folder of the data sets" + default)
     add = parser.add_argument_group("recipe").add_argument
-    add("--epochs", type=int, default=5, help="passes over the training set (default: %(default)s)")
-    add("--batch-size", type=int, default=64, help="images per step (default: %(default)s)")
-    add("--lr", type=float, default=0.1, help="learning rate, its peak with onecycle (default: %(default)s)")
-    add("--momentum", type=float, default=0.9, help="of SGD (default: %(default)s)")
-    text = (
-        "onecycle: with weight decay, Nesterov and one-pixel shifts; constant: without (default: %(default)s)"
-    )
+    text = f"passes over the training set (default: {EPOCHS['mnist']} on MNIST, {EPOCHS['digits']} on digits)"
+    add("--epochs", type=int, help=text)
+    add("--batch-size", type=int, default=64, help="images per step" + default)
+    add("--lr", type=float, default=0.1, help="learning rate, its peak with onecycle" + default)
+    add("--momentum", type=float, default=0.9, help="of SGD" + default)
+    text = "onecycle: with weight decay, Nesterov and one-pixel shifts; constant: without" + default
     add("--schedule", choices=("onecycle", "constant"), default="onecycle", help=text)
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the split, the initial weights and the order (default: %(default)s)",
-    )
+    add("--seed", type=int, default=0, help="of the split, the initial weights and the order" + default)
     add = parser.add_argument_group("run").add_argument
-    text = "auto: cuda or else cpu; mps, which has no float64, only by name (default: %(default)s)"
+    text = "auto: cuda or else cpu; mps, which has no float64, only by name" + default
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
     add("--out", metavar="DIR", help="results folder (default: results/cnn-<timestamp>)")
     add("--deterministic", action="store_true", help="the same bits again, on CUDA too")
@@ -1104,20 +1144,22 @@ def parse(argv):
     add("--predict", nargs="+", metavar="IMAGE", help=text)
     add("--checkpoint", metavar="FILE", help="best.pt of a run, for --predict")
     args = parser.parse_args(argv)
+    check_arguments(parser, args)
+    return args
+
+
+def check_arguments(parser, args):
     if [] in vars(args).values():  # argparse reads "--seed=--" as a flag without a value
         parser.error("a flag has -- as its value")
-    for name, value in (("--epochs", args.epochs), ("--batch-size", args.batch_size)):
-        if not 0 < value < 2**31:
-            parser.error(f"{name} is {value}: expected more than 0, less than 2^31")
-    if not 0 < args.lr < 1e38:  # float32 ends there
-        parser.error(f"--lr is {args.lr}: expected more than 0 and less than 1e38")
-    if not 0 <= args.momentum < 1:
-        parser.error(f"--momentum is {args.momentum}: expected 0 or more and less than 1")
-    if not -(2**63) <= args.seed < 2**64:
-        parser.error(f"--seed is {args.seed}: expected -2^63 or more and less than 2^64")
+    limits = {"epochs": (1, 2**31), "batch_size": (1, 2**31), "momentum": (0, 1), "seed": (-(2**63), 2**64)}
+    limits["lr"] = 1e-38, 1e38  # float32 begins and ends there
+    for name, (least, end) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value < end:  # this way round, nan is refused, too
+            name = name.replace("_", "-")
+            parser.error(f"--{name} is {value}: expected at least {least} and less than {end}")
     if (args.predict is None) != (args.checkpoint is None):
         parser.error("--predict IMAGE... and --checkpoint FILE go together")
-    return args
 
 
 def guard_streams():
@@ -1135,7 +1177,7 @@ def main(argv=None):
     try:
         args = parse(argv)
         status = predict(args) if args.predict else run(args)
-        sys.stdout.flush()
+        sys.stdout.flush()  # here, where an error can still be caught
         return status
     except (InputError, FloatingPointError) as e:
         print(f"error: {e}", file=sys.stderr)
@@ -1144,8 +1186,8 @@ def main(argv=None):
         print("error: out of GPU memory, try a smaller --batch-size", file=sys.stderr)
         return 1
     except OSError as e:
-        # mostly of a print: the reader of a pipe has gone, as `head` does, or a disk is full; without this
-        # line the interpreter complains when it flushes stdout
+        # mostly of a print: the reader of a pipe has gone, as `head` does, or a disk is full. Python flushes
+        # stdout once more when it exits, and would complain of the same error again
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(e, BrokenPipeError):
             return 141  # what a shell shows for a program that SIGPIPE ended

@@ -786,6 +786,9 @@ class Run(Case):
 
     def test_second_call(self):
         """The same command again says so, other arguments are refused; neither touches anything."""
+        filters = (self.out / "filters.png").read_bytes()
+        (self.out / "filters.png").unlink()  # as in folders from before there was this picture
+        self.addCleanup((self.out / "filters.png").write_bytes, filters)
         before = contents(self.out)
         status, text, _ = call(*self.flags, "--lr", 0.05, "--out", self.out)
         self.assertEqual((status, text.count("\n"), contents(self.out)), (0, 1, before))
@@ -839,6 +842,23 @@ class Run(Case):
         self.assertIn("mnist, seed 0, dry run", self.pictures.call_args.args)
         self.say(f"{out}: {text.splitlines()[0]}")
 
+    def test_default_epochs(self):
+        """MNIST's and the digits': the one that ran is kept, and found again; an older folder's 5 as well."""
+        out, flags = self.tmp / "fewer", ["--data-dir", self.tmp / "no data", "--out", self.tmp / "fewer"]
+        with offline(), mock.patch.dict(c.EPOCHS, digits=2), mock.patch.object(c, "save_pictures"):
+            texts = [call(*flags)[1], call(*flags)[1], call(*flags, "--epochs", 2)[1]]
+        ran = [json.loads((out / f"{name}.json").read_text())["epochs"] for name in ("args", "metrics")]
+        self.assertEqual((ran, *["finished" in text for text in texts]), ([2, 2], False, True, True))
+        args = json.loads((out / "args.json").read_text()) | {"epochs": 5}
+        for dataset in ("auto", "mnist", "digits"):
+            (out / "args.json").write_text(json.dumps(args | {"dataset": dataset}))
+            if dataset != "digits":
+                self.assertIn("finished", call("--dataset", dataset, *flags)[1])
+        digits = ["--device", "auto", "--dataset", "digits"]
+        self.refused(*digits, out=out, says=[f"--epochs 5 there, {c.EPOCHS['digits']} now"])
+        self.refused(*digits, "--epochs", 9, out=out, says=["--epochs 5 there, 9 now"])
+        self.say(f"MNIST {c.EPOCHS['mnist']}, digits {c.EPOCHS['digits']}")
+
     def test_offline(self):
         """The digits instead, said wherever a result is; --dataset mnist says how to go on."""
         out, none = self.tmp / "auto", self.tmp / "none"
@@ -876,7 +896,7 @@ class BadInput(Case):
         for *argv, text in cases:
             with self.subTest(argv=argv):
                 self.refused("--dataset", "digits", *argv, says=["error: ", text])
-        told = dict(dataset="auto", data_dir="data", epochs=5, schedule="onecycle", device="auto", out=None)
+        told = dict(dataset="auto", data_dir="data", epochs=None, schedule="onecycle", device="auto")
         self.assertLessEqual(told.items(), vars(c.parse([])).items())
         self.say(f"{len(cases)} clear lines; the defaults")
 
