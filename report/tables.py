@@ -4,26 +4,26 @@
     python report/tables.py --readme       README.md's tables and picture, from report/results
 
 Runs are found by their metrics.json, whatever their folders are called. RESULTS may also hold bench.txt and
-tests.txt (the output of "python tests.py bench" and "python tests.py") and a folder cluster (logs of batch
-jobs). Whatever is missing appears as n/a in the report.
+tests.txt (the output of "python tests.py bench" and "python tests.py"), a folder cluster (logs of batch jobs)
+and note.txt (what a reader must know of these runs). Whatever is missing appears as n/a in the report.
 """
 
 import collections
 import csv
 import json
 import re
-import shutil
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 REGIMES = ("linear_probe", "partial_unfreeze", "full", "gradual")
-COLOURS = dict(zip(REGIMES, ("#0072b2", "#d55e00", "#009e73", "#cc79a7")))
-MARKERS = dict(zip(REGIMES, "os^D"))
+STYLES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"))  # also for the colour-blind
 RECIPE = ("epochs", "batch_size", "lr", "momentum", "schedule")  # by which runs of task 1 may differ
 DEFAULT, COURSE = (5, 64, 0.1, 0.9, "onecycle"), (5, 640, 0.01, 0, "constant")
 # characters drawn alike: most of those whose cases EMNIST's authors merge (by-merge), and zero and one
@@ -53,7 +53,7 @@ class Group:
 
 def read_groups(results):
     """(groups of task 1, groups of task 2) of the finished runs below `results`, in the tables' order."""
-    groups = {}
+    groups, tasks = {}, ([], [])
     for path in sorted(results.rglob("metrics.json")):
         run = json.loads(path.read_text()) | {"folder": path.parent}
         # a regime's arguments are in the folder above
@@ -62,27 +62,22 @@ def read_groups(results):
         arguments = arguments.get("arguments", arguments)
         if arguments.get("dry_run") or "checkpoint" in run:  # the latter: --evaluate repeats a run's test
             continue
-        run["variant"], run["recipe"] = variant(arguments), tuple(arguments.get(k) for k in RECIPE)
+        switched = {
+            "augmented": arguments.get("augment"),
+            "no cache": arguments.get("cache_gb") == 0,
+            "float32": arguments.get("amp") == "off",
+        }
+        run["variant"] = ", ".join(name for name, on in switched.items() if on)
+        run["recipe"] = tuple(arguments.get(k) for k in RECIPE)
         if "regime" in run:
             run["size"] = run["samples_per_epoch"], run["image_size"]
             key = 1, run["size"], run["variant"], REGIMES.index(run["regime"]), run["dataset"], run["weights"]
         else:
             key = 0, run["recipe"] != DEFAULT, str(run["recipe"]), run["dataset"] != "mnist"
         groups.setdefault(key, []).append(run)
-    tasks = [], []
     for key in sorted(groups):
         tasks[key[0]].append(Group(groups[key]))
     return tasks
-
-
-def variant(arguments):
-    """What a run switched on or off, apart from its regime and image size."""
-    switched = {
-        "augmented": arguments.get("augment"),
-        "layer3 recomputed": arguments.get("cache_gb") == 0,
-        "float32": arguments.get("amp") == "off",
-    }
-    return ", ".join(name for name, on in switched.items() if on)
 
 
 def read_text(path):
@@ -159,8 +154,8 @@ def emnist_table(results):
 def emnist_short_table(results):
     """README's: the runs without a variant, those on the smallest images and those on the most images."""
     groups = [group for group in read_groups(results)[1] if not group["variant"]]
-    smallest, most = min(g["image_size"] for g in groups), max(g["samples_per_epoch"] for g in groups)
-    groups = [g for g in groups if g["image_size"] == smallest or g["samples_per_epoch"] == most]
+    images, px = [g["samples_per_epoch"] for g in groups], [g["image_size"] for g in groups]
+    groups = [g for g in groups if g["image_size"] == min(px) or g["samples_per_epoch"] == max(images)]
     rows = [emnist_cells(group) for group in groups]
     rows = [row | {"images × px": f"{row['images']} × {row['px']}"} for row in rows]
     return table_of(rows, "regime", "images × px", "accuracy", "macro-F1", "trainable", "training")
@@ -234,7 +229,7 @@ COMPARED = {  # two groups of scopes_of(): what the first gains on the second
     "full": ("small/full", "small/partial_unfreeze"),
     "gradual": ("small/gradual", "small/partial_unfreeze"),
     "size": ("px224/partial_unfreeze", "px64/partial_unfreeze"),
-    "recomputed": ("layer3 recomputed/partial_unfreeze", "same/partial_unfreeze"),
+    "no cache": ("no cache/partial_unfreeze", "same/partial_unfreeze"),
     "float32": ("float32/partial_unfreeze", "same/partial_unfreeze"),
     "augmented": ("augmented/partial_unfreeze", "same/partial_unfreeze"),
     "more, probe": ("main/linear_probe", "fewer/linear_probe"),
@@ -247,7 +242,7 @@ def numbers_of(results):
     cnn, resnet = read_groups(results)
     recipes = {group["recipe"]: group for group in reversed(cnn)}  # MNIST's runs replace those on the digits
     named = {k: mnist_cells(recipes[v]) for k, v in (("mnist", DEFAULT), ("course", COURSE)) if v in recipes}
-    scopes = scopes_of(resnet)
+    scopes = scopes_of(resnet) if resnet else {}
     named |= {name: emnist_cells(group) for name, group in scopes.items()}
     for name, (group, base) in COMPARED.items():
         if group in scopes and base in scopes:
@@ -265,8 +260,6 @@ def scopes_of(groups):
     size, "same/full" and, by its variant, "float32/full". These have the same seeds, so that a difference
     between them does not come from the seed. "best" is main's best on validation.
     """
-    if not groups:
-        return {}
     usual = min(group["variant"] for group in groups)  # no variant, unless all runs have one
     sizes = collections.Counter(g["size"] for g in groups if g["variant"] == usual for _ in g.runs)
     main, small = max(sizes), max(sizes, key=sizes.get)
@@ -282,7 +275,7 @@ def scopes_of(groups):
     scopes = {"main": at(main), "small": at(small), "same": same_seeds(small)}
     scopes["fewer"] = same_seeds((small[0], main[1])) if main[0] > small[0] else []
     scopes |= {f"px{px}": same_seeds((small[0], px)) for px in (64, 112, 224)}
-    scopes |= {name: same_seeds(small, name) for name in ("augmented", "layer3 recomputed", "float32")}
+    scopes |= {name: same_seeds(small, name) for name in ("augmented", "no cache", "float32")}
     named = {f"{name}/{group['regime']}": group for name, members in scopes.items() for group in members}
     return named | {"best": max(scopes["main"], key=lambda group: group.mean("val_accuracy"))}
 
@@ -315,7 +308,6 @@ def alike_numbers(group):
         "ceiling": f"{100 * sum(images[look == kind].max() for kind in set(look)) / total:.1f}",
         "merged": f"{100 * merged / total:.1f}",
         "share": f"{100 * (merged - right) / (total - right):.0f}",
-        "groups": str(len(ALIKE)),
         "names": ", ".join("/".join(alike) for alike in ALIKE),
         "images": f"{total:,}",
     }
@@ -323,9 +315,10 @@ def alike_numbers(group):
 
 def bench_numbers(results):
     rates = {name: float(rate) for name, rate in technique_table(results)[1:]}
-    passed = r"^(?P<passed>\d+) passed, (?P<failed>\d+) failed"
-    tests = re.search(passed, read_text(results / "tests.txt"), re.M)
+    text = read_text(results / "bench.txt") + read_text(results / "tests.txt")
+    tests = re.search(r"^(?P<passed>\d+) passed, (?P<failed>\d+) failed", text, re.M)
     return {
+        "bench": dict(re.findall(r"^(kernel for kernel), (.+):", text, re.M)[:1]),  # its device
         "step": {row[0]: row[4].split("×")[0] for row in step_table(results)[1:]},
         "kernels": {row[0]: row[5].rstrip("×") for row in step_table(results)[1:]},
         "speed": {row[0]: row[3].rstrip("×") for row in regime_speed_table(results)[1:]},
@@ -337,73 +330,81 @@ def bench_numbers(results):
 # ---------------------------------------------------------------------------------------------- figures
 
 
-def new_axes(width, height, columns=1):
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+WIDTH = 6.85  # inches of the report's page: figures are drawn as large as they are printed
 
 
-def draw_curves(path, groups):
-    """Training and validation accuracy of every regime over the epochs."""
-    figure, axes = new_axes(7.2, 2.6, 2)
-    for group in reversed(groups):  # gradual below: its first stage is the probe
-        log, regime = read_csv(group["folder"] / "log.csv"), group["regime"]
-        style = {"color": COLOURS[regime], "marker": MARKERS[regime], "ms": 3, "label": regime}
-        for ax, part in zip(axes, ("train", "val")):
-            ax.plot(range(1, len(log) + 1), [100 * float(row[f"{part}_accuracy"]) for row in log], **style)
-    for ax, part in zip(axes, ("training", "validation")):
-        ax.set(xlabel="epoch", ylabel=f"{part} accuracy (%)")
+def draw_curves(path, lines):
+    """Loss and accuracy over the epochs; a line is (label, group or None), and shows the first run."""
+    columns = "train_loss", "train_accuracy", "val_accuracy"
+    titles = "training loss", "training accuracy", "validation accuracy"
+    figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
+    for ax, column, title in zip(figure.subplots(1, 3), columns, titles):
+        for (label, group), (colour, marker) in zip(lines, STYLES):
+            if group:
+                values = [float(row[column]) for row in read_csv(group["folder"] / "log.csv")]
+                style = {"color": colour, "marker": marker, "ms": 4, "lw": 1}
+                style["zorder"] = 9 - len(ax.lines)  # first on top: the first stage of gradual is the probe
+                ax.plot(range(1, len(values) + 1), values, label=label, **style)
+        ax.set(xlabel="epoch", ylabel=title)
+        ax.xaxis.get_major_locator().set_params(integer=True, nbins=6)
         ax.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path)
 
 
 def draw_compute(path, groups):
-    """Test accuracy over training time of all groups, numbered by time, with a key beside."""
-    figure, (ax,) = new_axes(8.4, 3.6)
+    """Test accuracy over training time of all groups, numbered by time, with a key below."""
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    ax = figure.subplots()
     for number, group in enumerate(sorted(groups, key=lambda g: g.cost), 1):
-        variant = f", {group['variant']}" if group["variant"] else ""
-        images = f"{group['samples_per_epoch']:,} images"
-        name = f"{number}  {group['regime']}, {group['image_size']} px{variant}, {images}"
-        style = {"fmt": MARKERS[group["regime"]], "color": COLOURS[group["regime"]], "ms": 6, "capsize": 2}
+        cells, (colour, marker) = emnist_cells(group), STYLES[REGIMES.index(group["regime"])]
+        label = f"{number}  {cells['regime']}, {cells['px']} px, {cells['images']} images"
         point = group.cost / 60, group.accuracy
-        ax.errorbar(*point, group.deviation, label=name, **style)
+        ax.errorbar(*point, group.deviation, ecolor=colour, capsize=2)
+        ax.plot(*point, marker, color=colour, label=label)
         x, y, side = ((-6, -3, "right"), (-3, 6, "center"), (3, -13, "center"))[number % 3]
-        ax.annotate(str(number), point, (x, y), textcoords="offset points", ha=side, fontsize=8)
+        ax.annotate(str(number), point, (x, y), textcoords="offset points", ha=side, fontsize=9)
     ax.set(xscale="log", xlabel="training time (minutes, logarithmic)", ylabel="test accuracy (%)")
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.margins(y=0.12)
     ax.grid(alpha=0.3)
-    handles, names = ax.get_legend_handles_labels()
-    figure.legend([h[0] for h in handles], names, loc="outside right center", fontsize=7, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
 
 
 def draw_confusion(path, group, count=15):
-    """The rows and columns of the confusion matrix with the most errors, as shares of the true class."""
+    """The rows and columns of the confusion matrix with the most errors, in percent of the true class."""
     classes, confusion = read_confusion(group)
     errors = confusion.sum(0) + confusion.sum(1) - 2 * confusion.diagonal()
     worst = np.argsort(-errors, kind="stable")[:count].tolist()
     worst.sort(key=lambda k: next((alike for alike in ALIKE if classes[k] in alike), classes[k]).lower())
     share = 100 * confusion[np.ix_(worst, worst)] / np.maximum(1, confusion[worst].sum(1, keepdims=True))
-    figure, (ax,) = new_axes(4.2, 3.7)
-    picture = ax.imshow(share, cmap="cividis", vmin=0, vmax=100)
+    figure = Figure(figsize=(4.6, 4.4), layout="constrained")
+    ax = figure.subplots()
+    ax.imshow(share, cmap="cividis", vmin=0, vmax=100)
     for (row, column), value in np.ndenumerate(share):
         if value >= 1:
             colour = "black" if value > 55 else "white"
-            ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=colour)
-    ax.set_xticks(range(len(worst)), [classes[k] for k in worst])
-    ax.set_yticks(range(len(worst)), [classes[k] for k in worst])
+            ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    for set_ticks in (ax.set_xticks, ax.set_yticks):  # in a typeface that tells 1, l and I apart
+        set_ticks(range(len(worst)), [classes[k] for k in worst], fontfamily="monospace")
     ax.set(xlabel="predicted", ylabel="true")
-    figure.colorbar(picture, ax=ax, shrink=0.8, label="% of the true class")
     figure.savefig(path)
 
 
-def copy_first(paths, target):
-    """The first of the files that exists, if any."""
+def copy_part(paths, target, box):
+    """The first picture that is there, cut to left, upper, right, lower in pixels: a part prints larger."""
     for path in [path for path in paths if path.exists()][:1]:
-        shutil.copy(path, target)
+        with Image.open(path) as picture:
+            picture.crop(tuple(map(min, box, 2 * picture.size))).save(target)
 
 
-# ---------------------------------------------------------------------------------------------- the report
+def write_listing(path, source, wanted="", lines=40, width=112):
+    """The last of a text's lines that match `wanted`, wrapped to the page's width."""
+    kept = [line for line in read_text(source).replace("±", "+-").splitlines() if re.match(wanted, line)]
+    options = {"subsequent_indent": "    ", "break_on_hyphens": False}
+    wrapped = [textwrap.fill(line, width, **options) for line in kept[-lines:] or ["n/a"]]
+    path.write_text("\n".join(wrapped) + "\n")
 
 
 def write_report(results, out):
@@ -416,25 +417,22 @@ def write_report(results, out):
     (out / "numbers.tex").write_text("\n".join(lines) + "\n")
     for name, table in TABLES.items():
         (out / f"table-{name}.tex").write_text(latex(table(results)))
+    (out / "note.tex").write_text(tex(read_text(results / "note.txt")))
+    write_listing(out / "tests.txt", results / "tests.txt", r"SideBySide|Gradients|\d+ passed, ")
+    for source in ("cnn.out", "vanished.out", "files.txt"):
+        write_listing(out / f"{source[:-4]}.txt", results / "cluster" / source)
+    draw_curves(out / "mnist-curves.pdf", [(mnist_cells(group)["recipe"], group) for group in cnn])
+    mistakes = [run["folder"] / "mistakes.png" for group in cnn for run in group.runs]
+    copy_part(mistakes, out / "mnist-mistakes.png", (0, 26, 759, 340))
     if resnet:
         scopes = scopes_of(resnet)
-        draw_curves(out / "curves.pdf", [group for name, group in scopes.items() if "small/" in name])
+        draw_curves(out / "curves.pdf", [(regime, scopes.get(f"small/{regime}")) for regime in REGIMES])
         draw_compute(out / "compute.pdf", resnet)
-        draw_confusion(out / "confusion.pdf", scopes["best"])
-        copy_first([scopes["best"]["folder"].parent / "samples.png"], out / "samples.png")
-        copy_first([scopes["best"]["folder"] / "confusions_top.png"], out / "top.png")
-    for name in ("curves.png", "mistakes.png"):
-        copy_first([run["folder"] / name for group in cnn for run in group.runs], out / f"mnist-{name}")
-    write_listing(out / "tests.txt", results / "tests.txt", 14)
-    write_listing(out / "cluster-files.txt", results / "cluster" / "files.txt")
-    for name in ("cnn", "vanished"):
-        write_listing(out / f"cluster-{name}.txt", results / "cluster" / f"{name}.out")
-
-
-def write_listing(path, source, lines=40, width=118):
-    """The last lines of a text, cut to the page's width."""
-    kept = [line.replace("±", "+-")[:width] for line in read_text(source).expandtabs().splitlines()][-lines:]
-    path.write_text("\n".join(kept or ["n/a"]) + "\n")
+        folder = scopes["best"]["folder"]
+        if (folder / "confusion.csv").exists():
+            draw_confusion(out / "confusion.pdf", scopes["best"])
+        copy_part([folder.parent / "samples.png"], out / "samples.png", (0, 0, 1405, 455))
+        copy_part([folder / "confusions_top.png"], out / "top.png", (0, 0, 1232, 945))
 
 
 def main(argv):
