@@ -2895,15 +2895,15 @@ class Documents(Case):
             )  # a job runs a copy of the scripts alone
         self.readme = (self.root / "README.md").read_text()
 
-    def tables(self):
-        spec = importlib.util.spec_from_file_location("tables", self.root / "report" / "tables.py")
-        tables = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(tables)
-        return tables
+    def module(self, name):
+        spec = importlib.util.spec_from_file_location(name, self.root / "report" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
 
     def test_own_runs(self):
         """The report's numbers from other runs: MNIST's before the digits', five epochs, a variant alone."""
-        tables, results = self.tables(), self.tmp / "results"
+        tables, results = self.module("tables"), self.tmp / "results"
         for name, argument, value in (
             ("mnist", "seed", 0),
             ("digits", "dataset", "digits"),
@@ -2925,7 +2925,7 @@ class Documents(Case):
 
     def test_tables(self):
         """README's tables are those that report/tables.py makes from report/results."""
-        tables = self.tables()
+        tables = self.module("tables")
         results = self.root / "report" / "results"
         self.assertEqual(
             self.readme, tables.with_tables(self.readme, results), "run report/tables.py --readme"
@@ -2977,7 +2977,10 @@ class Documents(Case):
         return 1
 
     def test_report_numbers(self):
-        r"""No number is typed into the report's text: \R{...}, formulas and names aside, none is left."""
+        r"""No number is typed into the report's text: \R{...}, formulas and names aside, none is left.
+
+        Every \R{...} has a value, and the gradients of the report's figure are the numeric ones.
+        """
         text = (self.root / "report" / "report.tex").read_text().split(r"\begin{document}")[1]
         text = re.sub(r"\\begin\{thebibliography\}.*?\\end\{thebibliography\}", "", text, flags=re.S)
         used = set(re.findall(r"\\R\{([^}]*)\}", text))
@@ -2993,8 +2996,14 @@ class Documents(Case):
             text = re.sub(pattern, " ", text, flags=re.S if r"\[" in pattern else 0)
         left = re.findall(r".{0,30}\d.{0,20}", text)
         self.assertEqual(left, [])
+        tables, gradients = self.module("tables"), self.module("gradients")
+        pairs = gradients.gradient_check()
+        known = tables.numbers_of(self.root / "report" / "results") | gradients.numbers_of(pairs)
+        self.assertEqual(used - set(known), set())
         self.assertGreater(len(used), 60)
-        self.say(f"{len(used)} numbers, all of them from report/results")
+        worst = max(float((written - numeric).abs().max()) for written, numeric in pairs.values())
+        self.assertLess(worst, 1e-8)
+        self.say(f"{len(used)} numbers, none typed; numeric gradients within {worst:.0e}")
 
 
 # ---------------------------------------------------------------------------------------------- soak

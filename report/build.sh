@@ -18,6 +18,7 @@ cd "$here"
 rm -rf generated
 export SOURCE_DATE_EPOCH=0 FORCE_SOURCE_DATE=1 # the same bytes from the same results
 "$here/../setup_env.sh" python tables.py "$results" generated
+"$here/../setup_env.sh" python gradients.py generated
 echo "${AUTHOR:-}" >generated/author.tex
 for _ in 1 2; do # twice, for the references
   pdflatex -interaction=nonstopmode -halt-on-error report.tex >generated/pdflatex.log || {

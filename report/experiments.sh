@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every run that the report quotes; hours on two cores. What is finished is left alone, what was cut short goes on.
+# Every run that the report quotes; hours on two cores. Finished runs are skipped, interrupted ones resume.
 #
 #   report/experiments.sh                            all of them, on the official data and weights
 #   report/experiments.sh emnist-12k-64px-seed0 …    some of them
@@ -7,9 +7,9 @@
 #   DATA=DIR      where MNIST and EMNIST lie (default: data, downloaded if need be)
 #   WEIGHTS=FILE  for ResNet-18 (default: imagenet, downloaded)
 #
-# The runs are in results/report, and their small files are those in report/results. Beside them there lie bench.txt
-# (python tests.py bench), tests.txt (python tests.py) and, in cluster/, logs that KEEP=DIR .ci/cluster.sh 1 2 leaves.
-# report/build.sh results/report makes the report from them.
+# The runs go to results/report; report/results holds their small files, and also bench.txt (python tests.py bench),
+# tests.txt (python tests.py), the logs that KEEP=DIR .ci/cluster.sh 1 2 leaves, in cluster/, and note.txt (what a
+# reader must know of these runs). report/build.sh results/report builds the report from them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=results/report
