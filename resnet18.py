@@ -1441,15 +1441,12 @@ def open_picture(path):
 
     Raises InputError for what is no image, a damaged image or one of more than 64 megapixels.
     """
-    hint = ""
+    hint, hints = "", {b"%PDF": "a PDF: export the page as PNG; ", b"ftyp": "HEIC: save it as JPEG or PNG; "}
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # Pillow's own, about EXIF that is corrupt and the like
             head = file.read(12)
-            if head[:4] == b"%PDF":
-                hint = "a PDF: export the page as PNG; "
-            elif head[4:8] == b"ftyp":
-                hint = "HEIC or a film: save it as JPEG or PNG; "
+            hint = hints.get(head[:4]) or hints.get(head[4:8], "")
             picture = Image.open(file)
             w, h = picture.size
             if w * h > 64e6 or max(w, h) > 50 * min(w, h):  # before decoding: 20 KB of PNG may become 4 GB
@@ -1498,7 +1495,7 @@ def choose_parts(mask):
     # table, ruled line and punched hole reach the edge of the picture
     wanted = (top > 0) & (left > 0) & (bottom < mask.shape[0]) & (right < mask.shape[1])
     warning = None
-    if not (wanted & (size > 12)).any():
+    if not (wanted & (size > 12)).any():  # the character itself does; a speck may not
         wanted[:], warning = True, "it reaches the edge of the picture"
     main = np.where(wanted, area, 0).argmax()
     frame = (top < top[main]) & (left < left[main]) & (bottom > bottom[main]) & (right > right[main])
