@@ -816,53 +816,44 @@ def save_pictures(out, title, model, train, test, logits, log):
 
 
 def open_picture(path):
-    """Grey float32 [H, W] in 0..255, upright, the longer side 400 px, white behind what is transparent.
+    """Grey float32 [H, W] in 0..255, upright, the longer side 200 px, white behind what is transparent.
 
     Raises InputError for what is no image, a damaged image or one of more than 64 megapixels.
     """
-    hint = ""
+    hint, hints = "", {b"%PDF": "a PDF: export the page as PNG; ", b"ftyp": "HEIC: save it as JPEG or PNG; "}
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # Pillow's own, about EXIF that is corrupt and the like
             head = file.read(12)
-            if head[:4] == b"%PDF":
-                hint = "a PDF: export the page as PNG; "
-            elif head[4:8] == b"ftyp":
-                hint = "HEIC or a film: save it as JPEG or PNG; "
+            hint = hints.get(head[:4]) or hints.get(head[4:8], "")
             picture = Image.open(file)
             w, h = picture.size
             if w * h > 64e6 or max(w, h) > 50 * min(w, h):  # before decoding: 20 KB of PNG may become 4 GB
                 raise InputError(f"{w} x {h} pixels: more than 64 million, or a mere line")
-            picture.draft("RGB", (400, 400))  # a JPEG is decoded at a half, a quarter or an eighth
+            picture.draft("RGB", (200, 200))  # a JPEG is decoded at a half, a quarter or an eighth
             picture = ImageOps.exif_transpose(picture)
             if picture.mode[0] in "IF":  # 16 bits or more, often not all in use; convert() would clip them
                 deep = np.nan_to_num(np.asarray(picture, np.float32), posinf=0).clip(0)
                 picture = Image.fromarray(deep / max(deep.max(), 1e-9) * 255).convert("L")
-            picture = ImageOps.contain(picture.convert("RGBA"), (400, 400))
+            picture = ImageOps.contain(picture.convert("RGBA"), (200, 200))
             paper = Image.new("RGBA", picture.size, "white")
             return np.asarray(Image.alpha_composite(paper, picture).convert("L"), np.float32)
     except Exception as e:  # Pillow's readers throw whatever a damaged file leads to
         raise InputError(f"{path} can't be read ({hint}{one_line(e, 120)})") from e
 
 
-def ring(shape, width):
-    """Mask of the pixels that are less than `width` from the border."""
-    mask = np.ones(shape, bool)
-    mask[width:-width, width:-width] = False
-    return mask
-
-
 def above_paper(grey):
     """How far each pixel of [H, W] is from the paper around it: 0 the paper, 1 black; of light ink, white."""
-    small = np.asarray(Image.fromarray(grey).reduce(4))  # fast, and less noise
-    border = ring(small.shape, max(1, min(small.shape) * 6 // 100))
-    # ink is whatever differs most from its surroundings: a shadow's edge does so to both sides alike
-    padded = np.pad(small, 7, constant_values=np.median(small[border]))
-    if ((padded - ndimage.uniform_filter(padded, 51)) ** 3).sum() > 0:  # light ink
-        grey, small = 255 - grey, 255 - small
-    # a closing that is wider than any stroke leaves the paper alone, with the edges of its shadows
-    paper = Image.fromarray(ndimage.grey_closing(small, 31))
-    return 1 - grey / np.asarray(paper.resize(grey.shape[::-1], Image.Resampling.BILINEAR)).clip(1)
+    width = min(grey.shape) * 6 // 100 + 1
+    border = np.ones(grey.shape, bool)
+    border[width:-width, width:-width] = False
+    # ink differs most from its surroundings, whatever the light; the margin is for cropped pictures
+    padded = np.pad(grey, 16, constant_values=np.median(grey[border]))
+    if ((padded - ndimage.uniform_filter(padded, 101)) ** 3).sum() > 0:
+        grey = 255 - grey  # light ink
+    grey = ndimage.gaussian_filter(grey, 1)  # the sensor's noise
+    paper = ndimage.grey_closing(grey, 61)  # wider than any stroke: what is left is paper, with its shadows
+    return 1 - grey / paper.clip(1)
 
 
 def otsu(values):
@@ -873,74 +864,58 @@ def otsu(values):
     return edges[1:][between.argmax()]
 
 
-def choose_parts(labels):
-    """Of the connected parts 1, 2, ... in labels [H, W]: which are the character; a warning or None."""
-    boxes, area = ndimage.find_objects(labels), np.bincount(labels.ravel())[1:]
-    size = np.array([[s.stop - s.start for s in box] for box in boxes])  # height and width of each
-    wanted = area > 0.02 * area.max()
-    for k in np.flatnonzero(wanted):
-        own = labels[boxes[k]] == k + 1
-        hole = ndimage.binary_fill_holes(own) & ~own
-        wanted[k] = (labels[boxes[k]][hole] > 0).sum() < 0.1 * area[k]  # else a frame around another part
-    inner = wanted & (size.max(1) > 32)  # table, shadow and punched hole reach the edge
-    inner[labels[ring(labels.shape, 1) & (labels > 0)] - 1] = False
-    wanted, warning = (inner, None) if inner.any() else (wanted, "it reaches the edge of the picture")
+def choose_parts(mask):
+    """Of the connected parts of a mask [H, W], those of the character: a mask; a warning or None."""
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    boxes = ndimage.find_objects(labels)
+    top, left, bottom, right = np.array([(y.start, x.start, y.stop, x.stop) for y, x in boxes]).T
+    height, size = bottom - top, np.maximum(bottom - top, right - left)
+    area = np.bincount(labels.ravel())[1:]
+    # table, ruled line and punched hole reach the edge of the picture
+    wanted = (top > 0) & (left > 0) & (bottom < mask.shape[0]) & (right < mask.shape[1])
+    warning = None
+    if not (wanted & (size > 12)).any():  # the character itself does; a speck may not
+        wanted[:], warning = True, "it reaches the edge of the picture"
     main = np.where(wanted, area, 0).argmax()
-    for k in np.flatnonzero(wanted):
-        down, right = (max(s.start - t.stop, t.start - s.stop) for s, t in zip(boxes[k], boxes[main]))
-        wanted[k] = k == main or (max(down, right) < 0.3 * max(size[main]) and area[k] > 0.05 * area[main])
-        if right > 0.08 * size[main, 0] and size[k, 0] > 0.5 * size[main, 0] and area[k] > 0.25 * area[main]:
-            wanted[k], warning = False, "several characters side by side, the largest is read"
-    return np.flatnonzero(wanted) + 1, warning
+    frame = (top < top[main]) & (left < left[main]) & (bottom > bottom[main]) & (right > right[main])
+    beside = np.maximum(left - right[main], left[main] - right)  # the gap, negative where they overlap
+    above = np.maximum(top - bottom[main], top[main] - bottom)
+    as_large = (height > 0.5 * height[main]) & (area > 0.25 * area[main])
+    other = wanted & ~frame & as_large & (beside > 0.08 * height[main])
+    if other.any():
+        warning = "several characters side by side, the largest is read"
+    near = np.maximum(beside, above) < 0.5 * size[main]  # as the dot of an i
+    wanted &= near & ~frame & ~other & (area > 0.05 * area[main])  # what is smaller is a speck
+    return np.isin(labels, np.flatnonzero(wanted) + 1), warning
 
 
 def find_ink(grey, name):
-    """The character in a picture [H, W], cropped: float32 [h, w] in 0..1, light on dark; a warning or None.
+    """The character in a picture [H, W], light on dark, in a square grey Image; a warning or None.
 
     Raises InputError with the picture's name where nothing stands out from the paper.
     """
-    dark = ndimage.gaussian_filter(above_paper(grey), 1.5)  # the sensor's noise
-    rise = ndimage.morphological_gradient(dark, 25)
+    dark = above_paper(grey)
     threshold = otsu(dark)
     ink, paper = dark[dark > threshold], dark[dark <= threshold]
+    rise = ndimage.morphological_gradient(dark, 9).max()
     # shading grows slowly towards its darkest, ink at once; noise has no two classes
-    blank = (
-        dark.max() < 0.08 or rise.max() < 0.7 * dark.max() or ink.mean() - paper.mean() < 3.5 * paper.std()
-    )
-    border = ring(dark.shape, 1)
-    for width in range(2, 10):  # ruled lines and borders: they reach the edge, strokes are wider
-        at_edge = (dark[border] > threshold).sum()
-        opened = ndimage.grey_opening(dark, width, mode="constant") if at_edge else dark
-        if 2 * (opened[border] > threshold).sum() < at_edge:
-            dark = opened
-    mask = dark > threshold
-    # a picture that is cropped to its ink gets a margin, once: open_picture gives 400 px at most
-    steep = mask & (rise > 0.4 * rise.max())  # not a vignette's dark corners
-    cropped = all(side.any() for side in (steep[:12], steep[-12:], steep[:, :12], steep[:, -12:]))
-    if cropped and not blank and max(grey.shape) <= 400:
-        return find_ink(np.pad(grey, 60, constant_values=np.median(grey[~mask])), name)
-    labels, count = ndimage.label(mask, np.ones((3, 3)))
-    if blank or not count:
+    if rise < max(0.1, 0.55 * dark.max()) or ink.mean() - paper.mean() < 3.4 * paper.std():
         raise InputError(f"{name} shows no character: nothing stands out from the paper")
-    parts, warning = choose_parts(labels)
-    mask = np.isin(labels, parts)
-    ink = (dark / np.percentile(dark[mask], 90) - 0.15) / 0.85  # soft, as the networks know it
-    ink = ink.clip(0, 1) * ndimage.binary_dilation(mask, iterations=6)
-    rows, columns = (np.flatnonzero(ink.max(d) > 0.1) for d in (1, 0))
-    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32), warning
+    mask, warning = choose_parts(dark > np.percentile(ink, 90) / 2)  # ruled lines are paler than the ink
+    # the edges stay soft, as the networks know them
+    soft = (dark / np.percentile(dark[mask], 90)).clip(0, 1) * ndimage.binary_dilation(mask, iterations=3)
+    rows, columns = ndimage.find_objects((soft > 0.1).astype(int))[0]
+    image = Image.fromarray((255 * soft[rows, columns]).astype(np.uint8))
+    return ImageOps.pad(image, [max(image.size)] * 2), warning
 
 
 def read_digit(path):
     """The digit of a picture as MNIST places them: uint8 [28, 28], and a warning or None."""
-    ink, warning = find_ink(open_picture(path), path)
-    scale = 20 / max(ink.shape)
-    size = [max(1, round(scale * n)) for n in ink.shape[::-1]]
-    digit = np.asarray(Image.fromarray(ink).resize(size, Image.Resampling.BICUBIC)).clip(0)
-    centre = [float((digit.sum(1 - d) @ (np.arange(digit.shape[d]) + 0.5)) / digit.sum()) for d in (0, 1)]
-    top, left = (min(max(round(14 - c), 0), 28 - n) for c, n in zip(centre, digit.shape))
-    image = np.zeros((28, 28), np.uint8)
-    image[top : top + digit.shape[0], left : left + digit.shape[1]] = 255 * digit / digit.max()
-    return torch.from_numpy(image), warning
+    square, warning = find_ink(open_picture(path), path)
+    image = np.pad(np.asarray(square.resize((20, 20), Image.Resampling.BICUBIC), np.float32), 4)
+    shift = np.rint(13.5 - np.array(ndimage.center_of_mass(image))).clip(-4, 4).astype(int)
+    image = np.roll(image, shift, (0, 1))  # its centre of mass in the middle
+    return torch.from_numpy(image * (255 / image.max())).round().byte(), warning
 
 
 def load_weights(path, model):

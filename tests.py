@@ -1346,7 +1346,7 @@ class Import(Case):
 
     def test_reading_is_the_same(self):
         """What stands in both scripts is the same: what is mended in one is mended in the other."""
-        reading = ("open_picture", "ring", "above_paper", "otsu", "choose_parts", "find_ink")
+        reading = ("open_picture", "above_paper", "otsu", "choose_parts", "find_ink")
         names = (*reading, "device_name", "git_commit", "duration")
         for name in names:
             self.assertEqual(inspect.getsource(getattr(c, name)), inspect.getsource(getattr(r, name)), name)
