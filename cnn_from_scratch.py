@@ -385,7 +385,8 @@ class Sequential(Module):
     reorder=False) runs the order as written.
 
     A layer without parameters may stand in it several times (a Sequential once), and a Sequential may be a
-    layer.
+    layer. Making one calls keep_freed_memory(), which is for the whole process.
+
     Raises ValueError for parameters that stand in it twice, RuntimeError for backward() of anything but the
     output of the last call.
     """
@@ -778,7 +779,7 @@ def save_filters(path, title, model, image, label):
     axes.set_title(f"a test digit, {label}\n(28×28)", fontsize=9)
     axes.imshow(image.cpu(), cmap="gray")
     first = f"first layer: its 3×3 filters, weights from {-limit:.1f} (red) to {limit:.1f} (blue)"
-    match = "what each filter makes of the digit, after ReLU: bright where they match (28×28)"
+    match = "what each filter makes of the digit, after ReLU: bright is a large output (28×28)"
     second = "second layer: each map combines all eight above, after ReLU and pooling (7×7)"
     rows = zip((first, match, second), (filters, maps[1], maps[5]), ("RdBu", "gray", "gray"), (-limit, 0, 0))
     for part, row in zip(right.subfigures(3, 1, height_ratios=(1, 1, 1.85)), rows):
@@ -1065,7 +1066,8 @@ def run(args):
     model = build_cnn(device)
     with claim_folder(out, arguments):
         write_file(out / "args.json", arguments | {"epochs": args.epochs})
-        print(f"{dataset}: {len(train[0])} train, {len(val[0])} validation, {len(test[0])} test images")
+        dry = "DRY RUN, one batch: " if args.dry_run else ""
+        print(f"{dry}{dataset}: {len(train[0])} train, {len(val[0])} validation, {len(test[0])} test images")
         print(f"{device_name(device)} | torch {torch.__version__} | seed {args.seed} | {out}", flush=True)
         log = fit(model, train, val, args, out)
         test_loss, test_accuracy, logits = evaluate(model, *test)
@@ -1083,7 +1085,7 @@ def run(args):
         write_file(out / "metrics.json", results)  # last: without it, a run is unfinished
     print(f"training {duration(seconds[0])}, in all {duration(seconds[1])}; results in {out}")
     chosen = f"with the weights of epoch {best['epoch']} (best on validation: {best['val_accuracy']:.2%})"
-    print(f"{dataset} test, once, {chosen}: accuracy {test_accuracy:.2%}, loss {test_loss:.4f}")
+    print(f"{dry}{dataset} test, once, {chosen}: accuracy {test_accuracy:.2%}, loss {test_loss:.4f}")
     return 0
 
 
@@ -1096,7 +1098,7 @@ def parse(argv):
     )
     default = " (default: %(default)s)"  # argparse fills it in
     add = parser.add_argument_group("data").add_argument
-    text = "auto: MNIST, or digits where it can't be had" + default
+    text = "auto: MNIST, or scikit-learn's digits if it can't be downloaded" + default
     add("--dataset", choices=("auto", "mnist", "digits"), default="auto", help=text)
     add("--data-dir", default="data", metavar="DIR", help="folder of the data sets" + default)
     add = parser.add_argument_group("recipe").add_argument
@@ -1104,10 +1106,12 @@ def parse(argv):
     add("--epochs", type=int, help=text)
     add("--batch-size", type=int, default=64, help="images per step" + default)
     add("--lr", type=float, default=0.1, help="learning rate, its peak with onecycle" + default)
-    add("--momentum", type=float, default=0.9, help="of SGD" + default)
+    add("--momentum", type=float, default=0.9, help="SGD's momentum" + default)
     text = "onecycle: with weight decay, Nesterov and one-pixel shifts; constant: without" + default
     add("--schedule", choices=("onecycle", "constant"), default="onecycle", help=text)
-    add("--seed", type=int, default=0, help="of the split, the initial weights and the order" + default)
+    add(
+        "--seed", type=int, default=0, help="seed of the split, the initial weights and the batches" + default
+    )
     add = parser.add_argument_group("run").add_argument
     text = "auto: cuda or else cpu; mps, which has no float64, only by name" + default
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)

@@ -1278,7 +1278,7 @@ def show_images(axes, images):
 def finish_axes(ax, **labels):
     ax.set(**labels)
     if labels["xlabel"] == "epoch":
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     ax.grid(alpha=0.3)
 
 
@@ -1943,7 +1943,7 @@ def parse_args(argv):
     wrong = [name for name in args.regimes if name not in REGIMES or args.regimes.count(name) > 1]
     if wrong or not args.regimes:
         named = f"{wrong[0]} is unknown or repeated" if wrong else "none given"
-        p.error(f"--regimes: {named}; there are {', '.join(REGIMES)}")
+        p.error(f"--regimes: {named}; choose from {', '.join(REGIMES)}")
     if (args.predict is None) != (args.checkpoint is None):
         p.error("--predict IMAGE... and --checkpoint FILE go together")
     if sum(bool(x) for x in (args.compare, args.evaluate, args.predict)) > 1:
@@ -2142,7 +2142,7 @@ def failure(error):
     elif isinstance(error, RunFailed):
         text = str(error)
     elif "gloo" in text.lower() or "nccl" in text.lower() or isinstance(error, dist.DistError):
-        text = f"another process of this run has ended, or the connection to it ({text})"
+        text = f"another process of this run ended, or the connection to it was lost ({text})"
     elif not isinstance(error, OSError):
         raise error
     print(f"error: {text}", file=sys.stderr, flush=True)

@@ -790,6 +790,7 @@ class Run(Case):
         self.addCleanup(os.chdir, Path.cwd())
         os.chdir(tempfile.mkdtemp(dir=self.tmp))
         status, text, _ = self.quick("--dry-run")
+        self.assertEqual(text.count("DRY RUN, one batch: "), 2)
         results, out = sorted(path for path in Path().rglob("*") if path.is_dir())
         self.assertEqual((status, str(results)), (0, "results"))
         self.assertRegex(out.as_posix(), r"^results/cnn-\d{8}-\d{6}$")
