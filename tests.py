@@ -1569,15 +1569,11 @@ class ResnetCase(Case):
 
 
 class ResnetData(ResnetCase):
-    def test_orientation(self):
-        """The one transpose equals torchvision's rotation by -90 degrees and mirroring."""
-        raw = torch.randint(0, 256, (5, 28, 28), dtype=torch.uint8)
+    def test_orientation_and_size(self):
+        """The transpose is torchvision's rotation by -90 degrees, mirrored; sizes and values are its own."""
+        raw = torch.randint(0, 256, (4, 28, 28), dtype=torch.uint8)
         turned = transforms.functional.hflip(transforms.functional.rotate(raw, -90))
         self.assertTrue(torch.equal(r.upright(raw), turned))
-        self.say("5 random images equal")
-
-    def test_resize_and_normalise(self):
-        raw = torch.randint(0, 256, (4, 28, 28), dtype=torch.uint8)
         for size in (32, 64, 224):
             ours, to = r.resize(raw, size), transforms.Resize((size, size))
             pil = [transforms.functional.pil_to_tensor(to(Image.fromarray(image.numpy()))) for image in raw]
@@ -1746,37 +1742,29 @@ class ResnetTraining(ResnetCase):
         self.say("loss {:.4f} in float32, {:.4f} in bf16; auto here: {}".format(*losses, here))
 
     def test_early_stopping(self):
-        """Patience in epochs, min-delta in accuracy, and the best weights, not the last, are restored."""
-        t, weights = self.trainer("linear_probe", "--epochs", 20, "--patience", 3), []
-        script = iter([0.5, 0.6, 0.6 + r.MIN_DELTA / 2, 0.55, 0.59, 0.99])
+        """Patience in epochs, min-delta in accuracy; the best weights, not the last, are restored, also where
+        a later stage never gets better or diverges."""
+        t, weights = self.trainer("gradual", "--epochs", 9, "--patience", 3), []
+        script = iter([0.5, 0.6, 0.6 + r.MIN_DELTA / 2, 0.55, 0.59] + [0.5] * 4)
 
         def accuracy(logits, labels):
-            weights.append(t.model.fc.weight.clone())
+            weights.append({k: v.clone() for k, v in t.model.state_dict().items()})
             return next(script)
 
         with mock.patch.object(r, "accuracy_of", accuracy):
             text = quiet(t.train)
-        self.assertEqual((t.state.epoch, t.state.stale, t.state.best["epoch"]), (5, 3, 3))
-        self.assertEqual([torch.equal(t.model.fc.weight, weights[k]) for k in (2, 4)], [True, False])
-        self.assertTrue(t.summary()["early_stopped"])
-        self.say(text.splitlines()[-1])
-
-    def test_gradual_keeps_the_best(self):
-        """A later stage that never gets better, or diverges, ends with the earlier stage's weights."""
-        t = self.trainer("gradual", "--epochs", 1)
-        with mock.patch.object(r, "accuracy_of", side_effect=[0.6, 0.5]):
-            quiet(t.train)
-            best = {k: v.clone() for k, v in t.model.state_dict().items()}
-            for number in (1, 2):
+            self.assertEqual((t.state.epoch, t.state.stale, t.state.best["epoch"]), (5, 3, 3))
+            self.assertTrue(t.summary()["early_stopped"] and same(dict(t.model.state_dict()), weights[2]))
+            for number, epochs, end in ((1, 4, "epoch 3 of stage fc"), (2, 0, "this stage ends here")):
                 t.begin(number)
                 if number == 2:
                     t.model.fc.register_forward_hook(lambda module, x, logits: logits * math.nan)
-                text = quiet(t.train)
-                self.assertTrue(same(dict(t.model.state_dict()), best))
-        self.assertEqual((t.state.best["accuracy"], t.state.best["number"], t.state.done), (0.6, 0, True))
-        self.assertTrue(same(r.read_tensors(t.folder / "best.pt")["model"], best))
-        self.assertIn("this stage ends here", text)
-        self.say("60 % of stage 1 kept over 50 % of stage 2 and a stage 3 that diverged")
+                self.assertIn(end, quiet(t.train))
+                self.assertEqual((t.state.epoch, t.state.best["number"], t.state.done), (epochs, 0, True))
+                self.assertTrue(same(dict(t.model.state_dict()), weights[2]))
+        self.assertTrue(same(r.read_tensors(t.folder / "best.pt")["model"], weights[2]))
+        self.assertFalse(same(weights[2], weights[4]))
+        self.say(f"{text.splitlines()[-1]}; kept over a worse stage and one that diverged")
 
     def test_not_finite(self):
         """A loss that is not finite ends the training and leaves the last good checkpoint."""
@@ -2180,6 +2168,17 @@ def keep_first_gradients(folder, frozen_statistics=True):
     r.Trainer.train_step = step
 
 
+def keep_statistics(folder):
+    """Each rank's BatchNorm statistics, and weights, after its last epoch."""
+    plain = r.Trainer.train_epoch
+
+    def train_epoch(self):
+        plain(self)
+        torch.save(self.head.state_dict(), folder / f"{self.run.rank}.head")
+
+    r.Trainer.train_epoch = train_epoch
+
+
 def fails_on_rank_1(name, error):
     if os.environ["RANK"] == "1":
         setattr(r, name, mock.Mock(side_effect=error))
@@ -2197,10 +2196,12 @@ class ResnetProcesses(ResnetCase):
             self.within(1e-5, off, f"{part} trains: loss and gradients")
 
     def test_gradual(self):
-        """Two processes through all stages; a signal to one ends both, 75; continued, the same bits."""
+        """Two processes, always of the same weights and statistics, through all stages; a signal to one ends
+        both, 75; continued, the same bits."""
         flags = ("--regimes", "gradual", "--epochs", 2, "--batch-size", 63, "--limit", 140, "--out")
         argv, log = small_flags(self.data, *flags), self.tmp / "gradual.log"
-        run_through([*argv, self.tmp / "whole"], log, world=2)
+        run_through([*argv, self.tmp / "whole"], log, functools.partial(keep_statistics, self.tmp), 2)
+        self.assertTrue(same(*(dict(torch.load(self.tmp / f"{rank}.head")) for rank in (0, 1))))
         whole, argv = results(self.tmp / "whole"), [*argv, self.tmp / "stopped"]
         self.assertEqual([s["trains"] for s in whole["gradual"][1]["stages"]], ["fc", "layer4", "all"])
         for rank, number in enumerate(STOPS):
@@ -2218,12 +2219,9 @@ class ResnetProcesses(ResnetCase):
 
     def test_errors(self):
         """What one process finds wrong ends both; its line is there, and no traceback."""
-        foreign = self.tmp / "foreign"
-        foreign.mkdir()
-        (foreign / "thesis.tex").write_text("mine")
         memory, data = RuntimeError("can't allocate memory: 9 bytes"), r.InputError("this node has no data")
         cases = (
-            (foreign, ("evaluate", None), [2, 2], "holds other files"),
+            (self.data, ("evaluate", None), [2, 2], "holds other files"),
             (self.tmp / "a", ("epoch_line", memory), [1, 1], "out of memory: continue"),
             (self.tmp / "b", ("load_data", data), [1, 2], "this node has no data"),
         )
@@ -2365,8 +2363,9 @@ class ResnetDamage(ResnetCase):
         for _ in range(60):
             (out / "args.json").write_bytes(alter(self.rng, whole))
             with mock.patch.object(r, "train_all") as train:
-                refused += self.ends_clearly(*self.argv, out) == 2
-            if train.called:
+                status = self.ends_clearly(*self.argv, out)
+            refused += status == 2
+            if status == 0:
                 s = train.call_args[0][0].settings
                 known = (s.limit, s.image_size, s.amp, s.dataset, s.seed, s.weights)
                 self.assertEqual(known, (100, 32, "off", "emnist", 0, "none"))
@@ -2411,7 +2410,7 @@ class ResnetDamage(ResnetCase):
             self.assertEqual(out.getvalue().count("not used"), not resumed, out.getvalue())
             quiet(trainer.train) if resumed else None
             ends.append(resumed)
-        self.assertTrue(ends[0] and ends.count(False) > 25, ends)
+        self.assertTrue(ends[0] and ends.count(False) > 40, ends)
         self.say(f"{ends.count(False)} of {len(ends) - 1} not used, the others trained on")
 
     def test_features(self):
@@ -2648,15 +2647,13 @@ class ResnetBadInput(ResnetCase):
         self.say(line)
 
     def test_folders(self):
-        holding, file, unused = (self.tmp / name for name in ("holding", "file", "unused"))
-        holding.mkdir()
-        (holding / "thesis.tex").write_text("mine")
+        file, unused = self.tmp / "file", self.tmp / "unused"
         file.write_text("")
-        self.refused("holds other files (thesis.tex)", *small_flags(self.data, "--out", holding))
+        self.refused("holds other files (EMNIST)", *small_flags(self.data, "--out", self.data))
         self.refused("can't be used", *small_flags(self.data, "--out", file / "below"))
         self.say(self.refused("can't be written", *small_flags(file / "data", "--out", unused)))
-        kept = [[p.name for p in folder.iterdir()] for folder in (holding, unused)]
-        self.assertEqual(kept, [["thesis.tex"], [".lock"]])
+        kept = [[p.name for p in folder.iterdir()] for folder in (self.data, unused)]
+        self.assertEqual(kept, [["EMNIST"], [".lock"]])
 
     def test_data_files(self):
         """Damaged files of EMNIST are named, with what to do."""
