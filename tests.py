@@ -2731,20 +2731,22 @@ class ResnetStreams(ResnetCase):
         self.say("141; ended by SIGINT after the import of numpy")
 
     def test_import(self):
-        """Importing prints nothing, seeds nothing, starts no GPU, and needs neither fcntl nor resource."""
+        """Importing prints, makes and seeds nothing, starts no GPU, and needs neither fcntl nor resource."""
         spec = importlib.util.spec_from_file_location("fresh", r.__file__)
-        fresh, state = importlib.util.module_from_spec(spec), torch.get_rng_state()
-        handler = signal.getsignal(signal.SIGINT)
+        fresh, err = importlib.util.module_from_spec(spec), io.StringIO()
+        before = torch.get_rng_state(), signal.getsignal(signal.SIGINT)
         with (
             mock.patch.dict(sys.modules, fresh=fresh, fcntl=None, resource=None),
+            mock.patch.multiple(os, open=None, mkdir=None),  # what it must not call
+            mock.patch("builtins.open", None),
             mock.patch.object(torch.cuda, "_lazy_init", None),
+            contextlib.redirect_stderr(err),
         ):
             text = quiet(spec.loader.exec_module, fresh)
-        self.assertEqual((text, fresh.fcntl), ("", None))
-        self.assertTrue(torch.equal(torch.get_rng_state(), state))
-        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+        self.assertEqual((text, err.getvalue(), fresh.fcntl), ("", "", None))
+        self.assertTrue(same((torch.get_rng_state(), signal.getsignal(signal.SIGINT)), before))
         self.assertNotIn("matplotlib.pyplot", sys.modules)
-        self.say("silent, no pyplot, no seed")
+        self.say("silent, no file, no pyplot, no seed")
 
 
 # ---------------------------------------------------------------------------------------------- documents
