@@ -2029,10 +2029,9 @@ class ResnetRuns(ResnetCase):
         self.assertEqual(len(json.loads((target / "comparison.json").read_text())["rows"]), 2)
         self.assertIn("| gradual (run 2) |", text)
         path.parent.mkdir()
-        changed, other = json.dumps(self.row | {"test_accuracy": 0.99}), '{"dataset": "mnist"}'
-        cases = {"changed since the run wrote it": changed, "not of this script": other}
-        for text, content in cases.items():
-            path.write_text(content)
+        changed = {"changed since the run wrote it": self.row | {"test_accuracy": 0.99}}
+        for text, content in (changed | {"not of this script": {"dataset": "mnist"}}).items():
+            path.write_text(json.dumps(content))
             self.refused(text, "--compare", path.parent, "--out", target)
         self.say(self.refused("no metrics.json, no regime", "--compare", self.data, "--out", target)[-60:])
 
@@ -2496,7 +2495,9 @@ class ResnetDisk(ResnetCase):
     """No network, or a disk that is full or can't be written."""
 
     def test_no_network(self):
-        """One clear message from `emnist`, the announced fallback from `auto`, nothing half-written."""
+        """A clear message from `emnist`, also of a wrong archive; `auto` falls back; nothing half-written."""
+        archive, download = self.tmp / "gzip.zip", "torchvision.datasets.utils._urlretrieve"
+        archive.write_bytes(b"no archive")
         flags = ["--data-dir", self.tmp / "empty", "--image-size", 32, "--device", "cpu"]
         fetch, emnist = "torchvision.models._api.load_state_dict_from_url", torchvision.datasets.EMNIST
         with (
@@ -2507,24 +2508,18 @@ class ResnetDisk(ResnetCase):
             line = self.refused("Offline: ", *flags, "--dataset", "emnist", "--out", self.tmp / "none")
             self.assertEqual([p.name for p in (self.tmp / "none").iterdir()], [".lock"])
             text = self.runs(*flags, "--dry-run", "--out", self.tmp / "fallen")
+        with (
+            mock.patch.object(emnist, "url", archive.as_uri()),
+            mock.patch(download, lambda url, to: shutil.copy(archive, to)),
+            self.assertRaisesRegex(r.DownloadError, "File not found or corrupted"),
+        ):
+            quiet(r.load_emnist, self.tmp / "empty")
+        self.assertFalse(list(self.tmp.glob("empty/EMNIST/raw/*")))
         self.assertIn("FALLING BACK to scikit-learn's digits", text)
         self.assertIn("CONTINUING WITH random weights", text)
         row = row_of(self.tmp / "fallen")
         self.assertEqual((row["dataset"], row["weights"]), ("digits", "random"))
         self.say(line[:100])
-
-    def test_corrupted_download(self):
-        """A wrong archive fails torchvision's checksum, is reported and leaves no data behind."""
-        archive = self.tmp / "gzip.zip"
-        archive.write_bytes(b"no archive")
-        with (
-            mock.patch.object(torchvision.datasets.EMNIST, "url", archive.as_uri()),
-            mock.patch("torchvision.datasets.utils._urlretrieve", lambda url, to: shutil.copy(archive, to)),
-            self.assertRaisesRegex(r.DownloadError, "File not found or corrupted") as caught,
-        ):
-            quiet(r.load_emnist, self.tmp / "new")
-        self.assertFalse(list(self.tmp.glob("new/EMNIST/raw/*")))
-        self.say(str(caught.exception)[:110])
 
     def test_folder_or_network(self):
         """A full, read-only or forbidden disk is the folder's error; all else the network's."""
