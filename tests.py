@@ -24,6 +24,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shlex
@@ -2233,6 +2234,19 @@ class ResnetProcesses(ResnetCase):
             self.assertEqual((told.count(text), told.count("error: ")), (1, 1 + (1 in statuses)), told)
             self.assertNotIn("Traceback", told)
         self.say(" / ".join(line for line in told.splitlines() if "error: " in line)[:120])
+
+    def test_waiting(self):
+        """For what rank 0 loads, the others ask the store every second: a collective answers no signal."""
+        run, slept = r.Run(r.parse_args(["--device", "cpu"])), []
+        run.world, run.main, run.store = 2, False, mock.Mock()
+        run.store.check.side_effect = lambda keys: len(slept) == 3
+        run.store.get.return_value = pickle.dumps(["data"])
+        with mock.patch.object(r.time, "sleep", slept.append), mock.patch.object(r, "dist", None):
+            self.assertEqual(run.from_rank0("inputs", None), "data")
+            run.store.get.return_value = pickle.dumps([])  # rank 0 has said why
+            self.assertRaises(SystemExit, run.from_rank0, "inputs", None)
+        self.assertEqual(slept, [1, 1, 1])
+        self.say("asked four times, a second apart")
 
 
 GPU = os.environ.get("DEVICE", "cuda")  # DEVICE=cpu: a rehearsal without a GPU of what needs one
