@@ -11,6 +11,7 @@ and note.txt (what a reader must know of these runs). Whatever is missing appear
 import collections
 import csv
 import json
+import math
 import re
 import statistics
 import sys
@@ -18,12 +19,13 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import figures
 
 HERE = Path(__file__).resolve().parent
 REGIMES = ("linear_probe", "partial_unfreeze", "full", "gradual")
-STYLES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"))  # also for the colour-blind
 RECIPE = ("epochs", "batch_size", "lr", "momentum", "schedule")  # by which runs of task 1 may differ
 DEFAULT, COURSE = (5, 64, 0.1, 0.9, "onecycle"), (5, 640, 0.01, 0, "constant")
 # characters drawn alike: most of those whose cases EMNIST's authors merge (by-merge), and zero and one
@@ -41,14 +43,17 @@ class Group:
         self.accuracies = [100 * run["test_accuracy"] for run in runs]
         self.accuracy = statistics.mean(self.accuracies)
         self.deviation = statistics.stdev(self.accuracies) if len(runs) > 1 else None
-        deviation = "" if self.deviation is None else f" ± {self.deviation:.2f}"
-        self.spread = f"{self.accuracy:.2f} %{deviation}"
 
     def __getitem__(self, key):
         return self.runs[0][key]
 
     def mean(self, key):
         return statistics.mean(run[key] for run in self.runs)
+
+
+def spread(values, digits=2, unit=""):
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{unit}{deviation}"
 
 
 def read_groups(results):
@@ -88,6 +93,10 @@ def read_csv(path):
     return list(csv.DictReader(read_text(path).splitlines()))
 
 
+def constant(script, name):
+    return float(re.search(rf"^{name} = (\S+)", (HERE.parent / script).read_text(), re.M)[1])
+
+
 def duration(seconds):
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
@@ -99,7 +108,7 @@ def mnist_cells(group):
     return {
         "recipe": names.get(group["recipe"], other) + ("" if group["dataset"] == "mnist" else " (DIGITS)"),
         "seeds": str(len(group.runs)),
-        "test accuracy": group.spread,
+        "test accuracy": spread(group.accuracies, unit=" %"),
         "lowest to highest": f"{min(group.accuracies):.2f} to {max(group.accuracies):.2f} %",
         "training": f"{group.cost:.1f} s",
         "on": group["device"],
@@ -112,21 +121,26 @@ def mnist_cells(group):
 
 def emnist_cells(group):
     epochs = sorted(run["epochs_run"] for run in group.runs)
+    held_out = math.ceil(group["samples_per_epoch"] / 9)  # a tenth
+    right = group.mean("val_accuracy")
     corrected = Group([run | run["prior_corrected"] for run in group.runs])
     return {
         "images": f"{group['samples_per_epoch']:,}",
         "px": str(group["image_size"]),
         "regime": group["regime"] + (f" ({group['variant']})" if group["variant"] else ""),
         "seeds": str(len(group.runs)),
-        "accuracy": group.spread,
+        "accuracy": spread(group.accuracies, unit=" %"),
         "precision": f"{group.mean('test_precision_macro'):.3f}",
         "recall": f"{group.mean('test_recall_macro'):.3f}",
         "macro-F1": f"{group.mean('test_f1_macro'):.3f}",
+        "F1": spread([run["test_f1_macro"] for run in group.runs], 3),
         "trainable": f"{group['trainable_params']:,}",
         "epochs": "–".join(str(n) for n in sorted({epochs[0], epochs[-1]})),
         "training": duration(group.cost),
         "in all": duration(statistics.median(run["total_seconds"] for run in group.runs)),
         "percent": f"{group.accuracy:.1f}",
+        "held out": f"{held_out:,}",
+        "val error": f"{100 * math.sqrt(right * (1 - right) / held_out):.1f}",
         "corrected recall": f"{corrected.mean('test_recall_macro'):.3f}",
         "corrected percent": f"{corrected.accuracy:.1f}",
         **{k: group[k] for k in ("dataset", "weights", "device", "amp")},
@@ -146,19 +160,39 @@ def mnist_table(results):
 
 
 def emnist_table(results):
-    columns = ["images", "px", "regime", "seeds", "accuracy", "precision", "recall", "macro-F1"]
+    columns = ["images", "px", "regime", "seeds", "accuracy (%)", "precision", "recall", "F1"]
     columns += ["trainable", "epochs", "training", "in all"]
-    return table_of([emnist_cells(group) for group in read_groups(results)[1]], *columns)
+    groups = read_groups(results)[1]
+    rows = [emnist_cells(group) | {"accuracy (%)": spread(group.accuracies)} for group in groups]
+    return table_of(rows, *columns)
+
+
+def short_list(groups):
+    """README's: the runs without a variant, those on the smallest images and those on the most images."""
+    groups = [group for group in groups if not group["variant"]]
+    images, px = [g["samples_per_epoch"] for g in groups], [g["image_size"] for g in groups]
+    return [g for g in groups if g["image_size"] == min(px) or g["samples_per_epoch"] == max(images)]
 
 
 def emnist_short_table(results):
-    """README's: the runs without a variant, those on the smallest images and those on the most images."""
-    groups = [group for group in read_groups(results)[1] if not group["variant"]]
-    images, px = [g["samples_per_epoch"] for g in groups], [g["image_size"] for g in groups]
-    groups = [g for g in groups if g["image_size"] == min(px) or g["samples_per_epoch"] == max(images)]
-    rows = [emnist_cells(group) for group in groups]
+    rows = [emnist_cells(group) for group in short_list(read_groups(results)[1])]
     rows = [row | {"images × px": f"{row['images']} × {row['px']}"} for row in rows]
     return table_of(rows, "regime", "images × px", "accuracy", "macro-F1", "trainable", "training")
+
+
+def recipe_table(results):
+    """The hyper-parameters, as the runs have recorded them; task 1's weight decay is its script's."""
+    cnn, resnet = read_groups(results)
+    rows = {"task 1, " + mnist_cells(group)["recipe"]: dict(zip(RECIPE, group["recipe"])) for group in cnn}
+    for row in rows.values():
+        decay = constant("cnn_from_scratch.py", "WEIGHT_DECAY") if row["schedule"] == "onecycle" else 0
+        row["weight_decay"] = decay
+    rows |= {
+        "task 2, " + group["regime"]: group["stages"][0] for group in resnet if group["regime"] != "gradual"
+    }
+    keys = "lr", "momentum", "weight_decay", "batch_size", "epochs", "warmup_epochs", "patience"
+    head = "", "learning rate", "momentum", "weight decay", "batch size", "epochs", "warm-up", "patience"
+    return [head, *([name, *(f"{row[k]:g}" if k in row else "" for k in keys)] for name, row in rows.items())]
 
 
 def step_table(results):
@@ -168,8 +202,8 @@ def step_table(results):
     """
     usual, *sections = re.split(r"^kernel for kernel, (.+):.*", read_text(results / "bench.txt"), flags=re.M)
     median, rows = r" +([\d.]+)x? \(([\d.]+)-([\d.]+)\)", {}  # and the quartiles
-    for batch, *figures, speed, low, high in re.findall(rf"^ +(\d+){4 * median}$", usual, re.M):
-        rows[batch] = [batch, *(f"{ms} ms" for ms in figures[::3]), f"{speed}× ({low}–{high})", ""]
+    for batch, *times, speed, low, high in re.findall(rf"^ +(\d+){4 * median}$", usual, re.M):
+        rows[batch] = [batch, *(f"{ms} ms" for ms in times[::3]), f"{speed}× ({low}–{high})", ""]
     line = r"^ +(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)x"
     for device, section in zip(sections[::2], sections[1::2]):
         for batch, *times, speed in re.findall(line, section, re.M):
@@ -194,6 +228,7 @@ def technique_table(results):
 
 TABLES = {"mnist": mnist_table, "emnist": emnist_table, "emnist-short": emnist_short_table}
 TABLES |= {"step": step_table, "regime-speed": regime_speed_table, "technique": technique_table}
+TABLES["recipe"] = recipe_table
 
 
 def with_tables(text, results):
@@ -208,8 +243,8 @@ def with_tables(text, results):
 
 
 def latex(table):
-    words = [any(cell[:1].isalpha() for cell in column[1:]) for column in zip(*table)]
-    columns = "".join("l" if word else "r" for word in words)
+    left = [any(cell[:1].isalpha() or "±" in cell for cell in column[1:]) for column in zip(*table)]
+    columns = "".join("l" if words else "r" for words in left)
     head, *rows = [" & ".join(tex(cell) for cell in row) + r" \\" for row in table]
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule"]
     return "\n".join([*lines, r"\end{tabular}"]) + "%\n"
@@ -249,6 +284,7 @@ def numbers_of(results):
             named[name] = difference(scopes[group], scopes[base])
     if "best" in scopes:
         named["alike"] = alike_numbers(scopes["best"])
+    named["progress"] = {"points": f"{100 * constant('resnet18.py', 'MIN_DELTA'):g}"}
     named |= bench_numbers(results)
     return {f"{name}/{key}": text for name, texts in named.items() for key, text in texts.items()}
 
@@ -281,10 +317,15 @@ def scopes_of(groups):
 
 
 def difference(group, base):
-    """Points of test accuracy that a group gains on another one; training time and images as multiples."""
-    points = group.accuracy - base.accuracy
+    """Points of test accuracy that a group gains on another one, also by seed; time and images as factors."""
+    points = round(group.accuracy - base.accuracy, 6)
+    before = {run["seed"]: run["test_accuracy"] for run in base.runs}
+    runs = [run for run in group.runs if run["seed"] in before]
+    gains = [100 * (run["test_accuracy"] - before[run["seed"]]) for run in runs]
     return {
-        "points": f"{points:+.1f}" if abs(points) >= 0.05 else "0.0",
+        "points": f"{points:.1f}" if abs(points) >= 0.05 else "0.0",
+        "paired": spread(gains) if gains else "n/a",
+        "lowest": f"{min(gains):.2f}" if gains else "n/a",
         "times": f"{group.cost / base.cost:.1f}",
         "images": f"{group['samples_per_epoch'] / base['samples_per_epoch']:.1f}",
     }
@@ -296,6 +337,10 @@ def read_confusion(group):
     return [row.pop("true") for row in rows], np.array([[int(v) for v in row.values()] for row in rows])
 
 
+def f1_of(confusion):
+    return 2 * confusion.diagonal() / np.maximum(1, confusion.sum(0) + confusion.sum(1))
+
+
 def alike_numbers(group):
     """How far one gets without telling characters apart that are drawn alike, and how far this run gets."""
     classes, confusion = read_confusion(group)
@@ -304,8 +349,20 @@ def alike_numbers(group):
     look = np.array([next((alike for alike in ALIKE if name in alike), name) for name in classes])
     images, total, right = confusion.sum(1), confusion.sum(), confusion.trace()
     merged = confusion[look[:, None] == look].sum()
+    guesses = {kind: images[look == kind].max() for kind in set(look)}
+    hits = {kind: confusion.diagonal()[look == kind].sum() for kind in set(look)}
+    f1 = f1_of(confusion)
+    worst = np.argsort(f1, kind="stable")[:4]
+    misread = sum(confusion[k, look == look[k]].sum() - confusion[k, k] for k in worst)
     return {
-        "ceiling": f"{100 * sum(images[look == kind].max() for kind in set(look)) / total:.1f}",
+        "first": "/".join(ALIKE[0]),
+        "hits": f"{hits[ALIKE[0]]:,}",
+        "guesses": f"{guesses[ALIKE[0]]:,}",
+        "all hits": f"{sum(hits[kind] for kind in ALIKE):,}",
+        "all guesses": f"{sum(guesses[kind] for kind in ALIKE):,}",
+        "worst": ", ".join(f"{classes[k]} ({f1[k]:.2f})" for k in worst),
+        "misread": f"{100 * misread / images[worst].sum():.0f}",
+        "ceiling": f"{100 * sum(guesses.values()) / total:.1f}",
         "merged": f"{100 * merged / total:.1f}",
         "share": f"{100 * (merged - right) / (total - right):.0f}",
         "names": ", ".join("/".join(alike) for alike in ALIKE),
@@ -316,80 +373,44 @@ def alike_numbers(group):
 def bench_numbers(results):
     rates = {name: float(rate) for name, rate in technique_table(results)[1:]}
     text = read_text(results / "bench.txt") + read_text(results / "tests.txt")
-    tests = re.search(r"^(?P<passed>\d+) passed, (?P<failed>\d+) failed", text, re.M)
+    machines = {part: name for name, part in re.findall(r"^(.+, torch \S+), (224 px|float32)", text, re.M)}
+    tests = re.search(r"^(\d+) passed, (\d+) failed, (\d+) skipped", text, re.M)
+    reasons = ", ".join(re.findall(r"SKIPPED: (.+) here$", text, re.M))
+    told = "{} tests pass, {} fail, {} are skipped" + (f" ({reasons} here)" if reasons else "")
     return {
-        "bench": dict(re.findall(r"^(kernel for kernel), (.+):", text, re.M)[:1]),  # its device
+        "bench": machines | {"precision": " or ".join({name.split(",")[0] for name in rates} - {"float32"})},
         "step": {row[0]: row[4].split("×")[0] for row in step_table(results)[1:]},
         "kernels": {row[0]: row[5].rstrip("×") for row in step_table(results)[1:]},
         "speed": {row[0]: row[3].rstrip("×") for row in regime_speed_table(results)[1:]},
         "technique": {k: f"{rate / rates['float32, NCHW']:.1f}" for k, rate in rates.items()},
-        "tests": tests.groupdict() if tests else {},
+        "tests": {"summary": told.format(*tests.groups()).replace(" 0 fail", " none fails")} if tests else {},
     }
 
 
-# ---------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------- report
 
 
-WIDTH = 6.85  # inches of the report's page: figures are drawn as large as they are printed
+def curves(lines):
+    """The logs of the first runs of (label, group or None)."""
+    return [(label, read_csv(group["folder"] / "log.csv") if group else []) for label, group in lines]
 
 
-def draw_curves(path, lines):
-    """Loss and accuracy over the epochs; a line is (label, group or None), and shows the first run."""
-    columns = "train_loss", "train_accuracy", "val_accuracy"
-    titles = "training loss", "training accuracy", "validation accuracy"
-    figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
-    for ax, column, title in zip(figure.subplots(1, 3), columns, titles):
-        for (label, group), (colour, marker) in zip(lines, STYLES):
-            if group:
-                values = [float(row[column]) for row in read_csv(group["folder"] / "log.csv")]
-                style = {"color": colour, "marker": marker, "ms": 4, "lw": 1}
-                style["zorder"] = 9 - len(ax.lines)  # first on top: the first stage of gradual is the probe
-                ax.plot(range(1, len(values) + 1), values, label=label, **style)
-        ax.set(xlabel="epoch", ylabel=title)
-        ax.xaxis.get_major_locator().set_params(integer=True, nbins=6)
-        ax.grid(alpha=0.3)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path)
+def points(groups):
+    """Name, regime's number, minutes, accuracy and its deviation, by training time."""
+    for group in sorted(groups, key=lambda g: g.cost):
+        name = "{regime}, {px} px, {images} images".format(**emnist_cells(group))
+        yield name, REGIMES.index(group["regime"]), group.cost / 60, group.accuracy, group.deviation
 
 
-def draw_compute(path, groups):
-    """Test accuracy over training time of all groups, numbered by time, with a key below."""
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
-    ax = figure.subplots()
-    for number, group in enumerate(sorted(groups, key=lambda g: g.cost), 1):
-        cells, (colour, marker) = emnist_cells(group), STYLES[REGIMES.index(group["regime"])]
-        label = f"{number}  {cells['regime']}, {cells['px']} px, {cells['images']} images"
-        point = group.cost / 60, group.accuracy
-        ax.errorbar(*point, group.deviation, ecolor=colour, capsize=2)
-        ax.plot(*point, marker, color=colour, label=label)
-        x, y, side = ((-6, -3, "right"), (-3, 6, "center"), (3, -13, "center"))[number % 3]
-        ax.annotate(str(number), point, (x, y), textcoords="offset points", ha=side, fontsize=9)
-    ax.set(xscale="log", xlabel="training time (minutes, logarithmic)", ylabel="test accuracy (%)")
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.margins(y=0.12)
-    ax.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150)
-
-
-def draw_confusion(path, group, count=15):
-    """The rows and columns of the confusion matrix with the most errors, in percent of the true class."""
+def worst_classes(group, count=12):
+    """The classes with the lowest F1, what they are read as, and in how many percent of their images."""
     classes, confusion = read_confusion(group)
-    errors = confusion.sum(0) + confusion.sum(1) - 2 * confusion.diagonal()
-    worst = np.argsort(-errors, kind="stable")[:count].tolist()
-    worst.sort(key=lambda k: next((alike for alike in ALIKE if classes[k] in alike), classes[k]).lower())
-    share = 100 * confusion[np.ix_(worst, worst)] / np.maximum(1, confusion[worst].sum(1, keepdims=True))
-    figure = Figure(figsize=(4.6, 4.4), layout="constrained")
-    ax = figure.subplots()
-    ax.imshow(share, cmap="cividis", vmin=0, vmax=100)
-    for (row, column), value in np.ndenumerate(share):
-        if value >= 1:
-            colour = "black" if value > 55 else "white"
-            ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    for set_ticks in (ax.set_xticks, ax.set_yticks):  # in a typeface that tells 1, l and I apart
-        set_ticks(range(len(worst)), [classes[k] for k in worst], fontfamily="monospace")
-    ax.set(xlabel="predicted", ylabel="true")
-    figure.savefig(path)
+    f1, share = f1_of(confusion), 100 * confusion / np.maximum(1, confusion.sum(1, keepdims=True))
+    rows = np.argsort(f1, kind="stable")[:count].tolist()
+    columns = sorted({*rows, *np.flatnonzero(share[rows].max(0) >= 5).tolist()})
+    columns.sort(key=lambda k: next((alike for alike in ALIKE if classes[k] in alike), classes[k]).lower())
+    names = [f"{classes[k]}  {f1[k]:.2f}" for k in rows], [classes[k] for k in columns]
+    return *names, share[np.ix_(rows, columns)]
 
 
 def copy_part(paths, target, box):
@@ -421,16 +442,19 @@ def write_report(results, out):
     write_listing(out / "tests.txt", results / "tests.txt", r"SideBySide|Gradients|\d+ passed, ")
     for source in ("cnn.out", "vanished.out", "files.txt"):
         write_listing(out / f"{source[:-4]}.txt", results / "cluster" / source)
-    draw_curves(out / "mnist-curves.pdf", [(mnist_cells(group)["recipe"], group) for group in cnn])
-    mistakes = [run["folder"] / "mistakes.png" for group in cnn for run in group.runs]
-    copy_part(mistakes, out / "mnist-mistakes.png", (0, 26, 759, 340))
+    lines = [(mnist_cells(group)["recipe"], group) for group in cnn]
+    figures.draw_curves(out / "mnist-curves.pdf", curves(lines))
+    for picture, box in (("filters", (0, 25, 1400, 1400)), ("mistakes", (0, 26, 759, 340))):
+        paths = [run["folder"] / f"{picture}.png" for group in cnn for run in group.runs]
+        copy_part(paths, out / f"mnist-{picture}.png", box)
     if resnet:
         scopes = scopes_of(resnet)
-        draw_curves(out / "curves.pdf", [(regime, scopes.get(f"small/{regime}")) for regime in REGIMES])
-        draw_compute(out / "compute.pdf", resnet)
+        lines = [(regime, scopes.get(f"small/{regime}")) for regime in REGIMES]
+        figures.draw_curves(out / "curves.pdf", curves(lines))
+        figures.draw_compute(out / "compute.pdf", points(resnet))
         folder = scopes["best"]["folder"]
         if (folder / "confusion.csv").exists():
-            draw_confusion(out / "confusion.pdf", scopes["best"])
+            figures.draw_confusion(out / "confusion.pdf", *worst_classes(scopes["best"]))
         copy_part([folder.parent / "samples.png"], out / "samples.png", (0, 0, 1405, 455))
         copy_part([folder / "confusions_top.png"], out / "top.png", (0, 0, 1232, 945))
 
@@ -439,7 +463,8 @@ def main(argv):
     if argv == ["--readme"]:
         path, results = HERE.parent / "README.md", HERE / "results"
         path.write_text(with_tables(path.read_text(), results))
-        draw_compute(results / "compute.png", read_groups(results)[1])
+        groups = short_list(read_groups(results)[1])
+        figures.draw_compute(results / "compute.png", points(groups), key=False)
     elif len(argv) == 2:
         write_report(Path(argv[0]), Path(argv[1]))
     else:
