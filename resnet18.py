@@ -853,13 +853,18 @@ def accuracy_of(logits, labels):
     return float((logits.argmax(1) == labels).double().mean())
 
 
+def macro_f1(labels, predicted, k):
+    """scikit-learn's, from the confusion counts: it takes ten milliseconds, too many for tune_tau()."""
+    counts = torch.bincount(labels * k + predicted, minlength=k * k).view(k, k).double()
+    both = counts.sum(0) + counts.sum(1)
+    return float((2 * counts.diagonal() / both.clamp(min=1))[both > 0].mean())
+
+
 def tune_tau(logits, labels, prior):
     """The tau in 0, 0.05, ..., 1 whose logits - tau * log prior have the best macro-F1 on validation: that
     takes back the preference for frequent classes (logit adjustment, Menon et al. 2021, arXiv 2007.07314)."""
     taus = [t / 20 for t in range(21)]
-    guesses = [(logits - tau * prior).argmax(1) for tau in taus]
-    scores = [metrics.f1_score(labels, guess, average="macro", zero_division=0) for guess in guesses]
-    return taus[int(np.argmax(scores))]
+    return max(taus, key=lambda tau: macro_f1(labels, (logits - tau * prior).argmax(1), len(prior)))
 
 
 def test_metrics(labels, logits, classes):
