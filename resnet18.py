@@ -724,10 +724,11 @@ class Trainer:
         state.history.append(row)
         state.epoch, state.step = state.epoch + 1, 0
         state.sums.zero_()
-        self.run.say(epoch_line(row, self.stage.epochs, 0.0 if self.finished() else self.eta()))
         self.save()
         if self.run.main:
             self.publish(better)
+        # only now, as an epoch in the log has to be one that a kill can't take back
+        self.run.say(epoch_line(row, self.stage.epochs, 0.0 if self.finished() else self.eta()))
         self.run.poll(self.save)
 
     def eta(self):
@@ -834,9 +835,12 @@ def resume(run, data, make_model, stages, folder):
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
                 run.say(f"{path} is not of this run or damaged ({one_line(e)}): not used")
                 continue
-            if run.main:  # the one before it becomes the last, where a kill or damage left no other
+            if run.main and path.name != "last.pt":  # a kill or damage left no other
                 os.replace(path, folder / "last.pt")
+                run.say(f"continuing from the checkpoint before: {path}")
             return trainer, True
+    if (folder / "log.csv").exists():
+        run.say(f"{folder} has no usable last.pt: starting again from the beginning")
     return Trainer(run, data, make_model(), stages, folder), False
 
 
@@ -961,15 +965,16 @@ def run_regime(run, name, data, weights, weights_name, todo):
         if number > trainer.state.number:
             trainer.begin(number)
         state, stage = trainer.state, stages[number]
+        place = f"{name}, {stage.trains} (stage {number + 1} of {len(stages)})" if len(stages) > 1 else name
         if resumed:
-            place = f"epoch {state.epoch + 1}, after step {state.step} of {trainer.steps}"
-            run.say(f"{name}: continuing in {place}")
+            step = f"epoch {state.epoch + 1}, after step {state.step} of {trainer.steps}"
+            run.say(f"{place}: training has ended" if state.done else f"{place}: continuing in {step}")
         else:
             training, total = (
                 sum(p.numel() for p in ps) for ps in (trainer.params, trainer.model.parameters())
             )
             recipe = f"batch size {stage.batch_size}, lr {stage.lr:g}"
-            run.say(f"{name}: {training:,} of {total:,} parameters train, {recipe}")
+            run.say(f"{place}: {training:,} of {total:,} parameters train, {recipe}")
         resumed = False
         trainer.train()
         if len(state.stages) == number:
@@ -1048,8 +1053,7 @@ def evaluate(args):
     settings = {"limit": 0, "image_size": best["image_size"], "amp": amp}  # as the run was tested
     run.settings = argparse.Namespace(**vars(args) | settings)
     out = make_folder(args.out or f"results/resnet18-evaluate-{datetime.now():%Y%m%d-%H%M%S}")
-    if (out / "args.json").exists() or (out / "last.pt").exists():
-        raise InputError(f"--out {out} is a run's own folder: name a new one")
+    refuse_run_folder(out)
     data = load_digits() if len(classes) == 10 else load_emnist(args.data_dir)
     split_data(data, run.settings)
     data.to(run.device)
@@ -1199,13 +1203,13 @@ def trade_off(rows):
         return f"{best['label']} reaches {best['test_accuracy']:.2%}; there is nothing to compare it with."
     if cheap is best:
         return f"{best['label']} is both the cheapest and the most accurate ({best['test_accuracy']:.2%})."
-    points, f1 = ((best[k] - cheap[k]) * 100 for k in ("test_accuracy", "test_f1_macro"))
+    accuracy, f1 = (best[k] - cheap[k] for k in ("test_accuracy", "test_f1_macro"))
     costs = ("train_seconds", "update_budget", "trainable_params")
     time_x, samples_x, params_x = (best[k] / max(cheap[k], 1e-9) for k in costs)
     return (
         f"{best['label']} reaches {best['test_accuracy']:.2%} against {cheap['test_accuracy']:.2%} of "
-        f"{cheap['label']} ({points:+.2f} points, macro-F1 {f1:+.2f}) for {time_x:.1f}x the training time, "
-        f"{samples_x:.1f}x the trained samples and {params_x:.0f}x the trainable parameters."
+        f"{cheap['label']} ({100 * accuracy:+.2f} points, macro-F1 {f1:+.4f}) for {time_x:.1f}x the training "
+        f"time, {samples_x:.1f}x the trained samples and {params_x:.0f}x the trainable parameters."
     )
 
 
@@ -1238,7 +1242,7 @@ def compare(args):
     for folder in map(Path, args.compare):
         paths = [p for p in (folder / "metrics.json", *sorted(folder.glob("*/metrics.json"))) if p.exists()]
         if not paths:
-            raise InputError(f"--compare {folder}: no metrics.json, no regime has finished there")
+            print(f"{folder}: no metrics.json, no regime has finished there; left out", flush=True)
         for path in paths:
             try:
                 rows.append(read_metrics(path))
@@ -1246,7 +1250,10 @@ def compare(args):
                 raise InputError(f"--compare: {path} is damaged or not of this script ({one_line(e)})") from e
             if rows[-1].get("dry_run"):
                 raise InputError(f"--compare: {path} comes from a dry run and means nothing")
+    if not rows:
+        raise InputError("--compare: no regime has finished there")
     out = make_folder(args.out or f"results/resnet18-compare-{datetime.now():%Y%m%d-%H%M%S}")
+    refuse_run_folder(out)
     print(write_comparison(out, sorted(rows, key=lambda r: r["train_seconds"])))
     print(f"in {out}: comparison.md, comparison.json, comparison.png")
     return 0
@@ -1793,7 +1800,7 @@ def write_bytes(path, content, keep=False):
     except OSError as e:
         with contextlib.suppress(OSError):  # half a file would keep a full disk full
             temporary.unlink()
-        rest = "; the one before it stands" if path.exists() else ""
+        rest = "; the one before it is intact" if path.exists() else ""
         raise RunFailed(f"{path} can't be written ({e.strerror}){rest}") from e
 
 
@@ -1861,6 +1868,12 @@ def make_folder(name):
     except OSError as e:
         raise InputError(f"--out {path} can't be used ({e.strerror})") from e
     return path
+
+
+def refuse_run_folder(out):
+    """Where --compare and --evaluate write, no run may be, as its files would be replaced."""
+    if (out / "args.json").exists() or (out / "last.pt").exists():
+        raise InputError(f"--out {out} is a run's own folder: name a new one")
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -1971,7 +1984,8 @@ def open_out(args, stack):
     path = out / "args.json"
     files = sorted(p.name for p in out.iterdir() if p.name[0] != "." and p.name not in BEFORE)
     if files and not path.exists() and files != ["samples.png"]:
-        raise InputError(f"--out {out} holds other files ({', '.join(files[:3])}): name a new folder")
+        names = ", ".join(files[:3])
+        raise InputError(f"--out {out} holds other files ({names}) and no args.json: name a new folder")
     try:
         stack.enter_context(folder_lock(out))
         return out, read_args(path, args) if path.exists() else None
@@ -1992,14 +2006,14 @@ def read_args(path, args):
             raise ValueError("its checksum does not match")
         if missing := RESOLVED - before.keys():
             raise KeyError(*missing)
-        differ = [f"--{k} {old.get(k)}, now {v}" for k, v in new.items() if k not in FREE and old.get(k) != v]
+        differ = [k for k, v in new.items() if k not in FREE and old.get(k) != v]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{path} is damaged or not of this script ({one_line(e)}): name a new --out") from e
     if differ:
-        text = "; ".join(differ).replace("_", "-")
-        raise InputError(
-            f"--out {path.parent} holds a run with other arguments: {text}; for these, name a new --out"
-        )
+        words = {k: [" ".join(v) if isinstance(v, list) else v for v in (old.get(k), new[k])] for k in differ}
+        text = "; ".join(f"--{k.replace('_', '-')} was {a}, now {b}" for k, (a, b) in words.items())
+        text = f"{text}; for these, name a new --out".replace("None", "not given")
+        raise InputError(f"--out {path.parent} holds a run with other arguments: {text}")
     return before
 
 
@@ -2012,10 +2026,13 @@ def own_words():
 
 def continue_line(out):
     """How to continue this run."""
-    out = f"./{out}" if str(out).startswith("-") else str(out)
+    out, words = f"./{out}" if str(out).startswith("-") else str(out), own_words()
+    if Path(sys.argv[0]).parent == Path(out) / "code":  # the copy that a batch job runs
+        words = shlex.join(["sbatch", "run_resnet.sbatch", *words])
+        return f"continue with: OUT_DIR={shlex.quote(out)} {words}"
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     start = ["torchrun", f"--nproc-per-node={processes}"] if processes else ["python"]
-    return "continue with: " + shlex.join([*start, sys.argv[0], *own_words(), "--out", out])
+    return "continue with: " + shlex.join([*start, sys.argv[0], *words, "--out", out])
 
 
 def load_inputs(run, before):
@@ -2123,7 +2140,7 @@ def run_training(args):
         run.out, before = run.from_rank0("out", lambda: open_out(args, stack))
         rows, sentence = run.from_rank0("finished", lambda: finished_rows(run.out, args.regimes, before))
         if sentence:
-            run.say(f"all is done: {sentence}")
+            run.say(f"all is done in {run.out}: {sentence}")
             return 0
         run.say(continue_line(run.out))
         inputs = load_in_turn(run, before)

@@ -1783,6 +1783,7 @@ class ResnetMetrics(ResnetCase):
         for name in ("f1", "recall", "precision"):
             want = getattr(metrics, f"{name}_score")(y, read, average="macro", zero_division=0)
             self.assertEqual(ours[f"test_{name}_macro"], want)
+        self.assertAlmostEqual(r.macro_f1(y, read, 62), ours["test_f1_macro"], places=12)
         either = torch.tensor([r.CLASSES[a].lower() == r.CLASSES[b].lower() for a, b in zip(y, read)])
         top5 = (logits.topk(5).indices == y[:, None]).any(1)
         for name, right in (("accuracy", y == read), ("top5", top5), ("accuracy_case_insensitive", either)):
@@ -1943,7 +1944,8 @@ class ResnetRuns(ResnetCase):
     def test_other_arguments(self):
         """Of a run that is there they are refused, and so is a second run at the same time."""
         more = ("--lr", 0.1, "--seed", 3, "--checkpoint-minutes", 9)
-        text = self.refused("arguments: --lr None, now 0.1; --seed 0, now 3", *self.argv, self.out, *more)
+        text = "arguments: --lr was not given, now 0.1; --seed was 0, now 3"
+        text = self.refused(text, *self.argv, self.out, *more)
         with r.folder_lock(self.out):
             self.refused("another run is writing into", *self.argv, self.out)
         self.say(text[-60:])
@@ -1957,7 +1959,7 @@ class ResnetRuns(ResnetCase):
             before = r.read_args(path, r.parse_args(flags))
             self.assertEqual((before["limit"], before["image_size"]), (0, 224))
         other = r.parse_args(["--image-size", "64"])
-        self.assertRaisesRegex(r.InputError, "--image-size 224, now 64", r.read_args, path, other)
+        self.assertRaisesRegex(r.InputError, "--image-size was 224, now 64", r.read_args, path, other)
         self.say("continued with all images at 224 px, with and without its flag; 64 px refused")
 
     def test_compare(self):
@@ -1971,7 +1973,10 @@ class ResnetRuns(ResnetCase):
         for text, content in (changed | {"not of this script": {"dataset": "mnist"}}).items():
             path.write_text(json.dumps(content))
             self.refused(text, "--compare", path.parent, "--out", target)
-        self.say(self.refused("no metrics.json, no regime", "--compare", self.data, "--out", target)[-60:])
+        self.refused("is a run's own folder", "--compare", self.out, "--out", self.out)
+        text = self.runs("--compare", self.out, self.data, "--out", target)  # one that has finished
+        self.assertIn(f"{self.data}: no metrics.json", text)
+        self.say(self.refused("no regime has finished there", "--compare", self.data, "--out", target)[-60:])
 
 
 POINTS = ("step", "batch", "half", "before", "after")
@@ -2017,7 +2022,7 @@ def disturb(argv, log, rng, kind, seconds, world=1):
         return "stopped" if 75 in statuses else "done"
     if kind not in ("kill point", "SIGKILL"):
         # until data and weights are loaded there is nothing to save: signals have their default effect
-        loaded = "test images" if world == 1 else "gradual: "
+        loaded = "test images" if world == 1 else "gradual, "
         assert -number in statuses and loaded not in text, (kind, statuses, text)
     assert set(statuses) <= {1, -number, -signal.SIGKILL}, (kind, statuses, text)
     return "killed"
@@ -2144,7 +2149,7 @@ class ResnetProcesses(ResnetCase):
         for rank, number in enumerate(STOPS):
             log.write_text("")
             ranks = start(argv, log, world=2)
-            self.assertTrue(said(log, "gradual: ", ranks))
+            self.assertTrue(said(log, "gradual, ", ranks))
             time.sleep(self.rng.uniform(0, 0.15))
             send(ranks[rank], number)
             self.assertEqual(finish(ranks), [75, 75], log.read_text())
@@ -2500,7 +2505,7 @@ class ResnetDisk(ResnetCase):
             with mock.patch.object(os, "fsync", side_effect=fault):
                 with self.assertRaisesRegex(r.RunFailed, "No space left on device") as caught:
                     r.write_bytes(path, b"new", keep)
-            self.assertEqual("the one before it stands" in str(caught.exception), before)
+            self.assertEqual("the one before it is intact" in str(caught.exception), before)
             self.assertEqual([p.read_bytes() for p in folder.iterdir()], [b"old"] * before)
             path.unlink(missing_ok=True)
         argv = small_flags(self.data, "--regimes", "linear_probe", "--epochs", 3, "--limit", 100, "--out")
@@ -2590,6 +2595,9 @@ class ResnetBadInput(ResnetCase):
                 line = r.continue_line(Path(args.out or "results/resnet18"))
             again = r.parse_args(shlex.split(line.removeprefix("continue with: "))[2:])
             self.assertEqual((again.out, again.seed), (out, 3), line)
+        with mock.patch.object(sys, "argv", ["/a/out/code/resnet18.py", "--seed", "3", "--out", "/a/out"]):
+            job = r.continue_line(Path("/a/out"))
+        self.assertEqual(job, "continue with: OUT_DIR=/a/out sbatch run_resnet.sbatch --seed 3")
         self.say(line)
 
     def test_folders(self):
