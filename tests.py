@@ -1429,7 +1429,8 @@ def row_of(out, regime="linear_probe"):
 
 def results(out):
     """What must be the same to the bit: weights, epochs and figures, without times."""
-    found, varies = {}, {"images_per_second", "peak_memory_bytes", "checksum"}
+    # a commit may come while the tests run
+    found, varies = {}, {"images_per_second", "peak_memory_bytes", "checksum", "git_commit"}
     for folder in sorted(p for p in Path(out).iterdir() if p.is_dir()):
         rows = csv.DictReader(io.StringIO((folder / "log.csv").read_text()))
         log = [[v for k, v in row.items() if k != "seconds"] for row in rows]
