@@ -1045,6 +1045,8 @@ def claim_folder(out, arguments):
     except OSError as e:  # some network file systems have no locks
         print(f"warning: {out} can't be locked ({e.strerror}): let no other run use it", flush=True)
     finished(out, arguments)  # another run may have begun here meanwhile
+    if (out / "args.json").exists():
+        print(f"{out} holds an unfinished run: training starts again")
     return lock
 
 
@@ -1065,8 +1067,6 @@ def run(args):
     train, val, test = ([t[:size].to(device) for t in pair] for pair in (train, val, test))
     model = build_cnn(device)
     with claim_folder(out, arguments):
-        if (out / "args.json").exists():
-            print(f"{out} holds an unfinished run: training starts again")
         write_file(out / "args.json", arguments | {"epochs": args.epochs})
         dry = "DRY RUN, one batch: " if args.dry_run else ""
         print(f"{dry}{dataset}: {len(train[0])} train, {len(val[0])} validation, {len(test[0])} test images")

@@ -1931,6 +1931,11 @@ def build_parser():
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help=text)
     text = "decides everything that is random (default: %(default)s)"
     add("--seed", type=number(int, 0, below=2**64), default=0, help=text)
+    add_run_flags(p)
+    return p
+
+
+def add_run_flags(p):
     add = p.add_argument_group("run").add_argument
     text = "auto: cuda, mps or cpu, the first that is there (default: %(default)s)"
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
@@ -1947,7 +1952,6 @@ def build_parser():
     add("--evaluate", metavar="FILE", help="the test set with the weights of a best.pt, in --out")
     add("--predict", nargs="+", metavar="IMAGE", help="read pictures or photographs of one character each")
     add("--checkpoint", metavar="FILE", help="best.pt of a run, for --predict")
-    return p
 
 
 def parse_args(argv):
