@@ -1941,9 +1941,9 @@ def add_run_flags(p):
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
     add("--deterministic", action="store_true", help="the same bits again, on CUDA too; slower")
     text = "memory for layer3's output, in GB (default: 70%% of what is free)"
-    add("--cache-gb", type=real, metavar="GB", help=text)
+    add("--cache-gb", type=number(float, 0), metavar="GB", help=text)
     text = "longest time between two checkpoints (default: %(default)s)"
-    add("--checkpoint-minutes", type=real, default=2.0, metavar="MINUTES", help=text)
+    add("--checkpoint-minutes", type=number(float, 0), default=2.0, metavar="MINUTES", help=text)
     text = "results folder; an existing run is resumed (default: results/resnet18-<timestamp>)"
     add("--out", metavar="DIR", help=text)
     add("--dry-run", action="store_true", help="run one batch through every phase")
