@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -1770,7 +1771,9 @@ class ResnetTraining(ResnetCase):
         for size in (400, 100):  # MiB
             r.reset_peak(device)
             before = r.peak_bytes(device)
-            np.ones(size << 20, np.uint8)  # so many bytes have pages of their own, given back at once
+            with mmap.mmap(-1, size << 20) as pages:  # of its own, not what earlier tests left
+                for _ in range(size):
+                    pages.write(bytes(1 << 20))
             peaks.append((r.peak_bytes(device) - before) >> 20)
         self.assertTrue(350 <= peaks[0] <= 450 and 50 <= peaks[1] <= 150, peaks)
         self.say(f"400 and 100 MiB allocated: peaks {peaks[0]} and {peaks[1]} MiB above the start")
@@ -2686,21 +2689,22 @@ class ResnetStreams(ResnetCase):
         self.say("141; ended by SIGINT after the import of numpy")
 
     def test_import(self):
-        """Importing prints, makes and seeds nothing, starts no GPU, and needs neither fcntl nor resource."""
-        spec = importlib.util.spec_from_file_location("fresh", r.__file__)
-        fresh, err = importlib.util.module_from_spec(spec), io.StringIO()
-        before = torch.get_rng_state(), signal.getsignal(signal.SIGINT)
-        with (
-            mock.patch.dict(sys.modules, fresh=fresh, fcntl=None, resource=None),
-            mock.patch.multiple(os, open=None, mkdir=None),  # what it must not call
-            mock.patch("builtins.open", None),
-            mock.patch.object(torch.cuda, "_lazy_init", None),
-            contextlib.redirect_stderr(err),
-        ):
-            text = quiet(spec.loader.exec_module, fresh)
-        self.assertEqual((text, err.getvalue(), fresh.fcntl), ("", "", None))
-        self.assertTrue(same((torch.get_rng_state(), signal.getsignal(signal.SIGINT)), before))
-        self.assertNotIn("matplotlib.pyplot", sys.modules)
+        """Importing prints and makes nothing, seeds nothing, and needs neither fcntl nor resource."""
+        code = (
+            "import sys, torch, torchvision, signal\n"
+            "sys.modules['fcntl'] = sys.modules['resource'] = None\n"
+            "sys.path.insert(0, sys.argv[1])\n"
+            "before = torch.get_rng_state(), signal.getsignal(signal.SIGINT)\n"
+            "import resnet18\n"
+            "assert torch.equal(before[0], torch.get_rng_state()) and resnet18.fcntl is None\n"
+            "assert before[1] == signal.getsignal(signal.SIGINT)\n"
+            "assert 'matplotlib.pyplot' not in sys.modules and not torch.cuda.is_initialized()\n"
+        )
+        here, empty = Path(r.__file__).resolve().parent, Path(tempfile.mkdtemp(dir=self.tmp))
+        argv = [sys.executable, "-B", "-c", code, here]
+        done = subprocess.run(argv, cwd=empty, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+        self.assertEqual(list(empty.iterdir()), [])
         self.say("silent, no file, no pyplot, no seed")
 
 
