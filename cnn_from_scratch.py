@@ -96,7 +96,10 @@ def upstream(out):
     """The gradient that arrives at `out`; raises RuntimeError if unset, ValueError if of another shape."""
     g = getattr(out, "g", None)
     if g is None:
-        raise RuntimeError("the output's gradient is not set: assign out.g before backward()")
+        raise RuntimeError(
+            "the output's gradient is not set: assign out.g before backward() (CrossEntropy sets it on the "
+            "very tensor that it was called with)"
+        )
     check(g.shape == out.shape, f"the gradient has shape {list(g.shape)}, the output {list(out.shape)}")
     return g.to(out.dtype)
 
@@ -150,6 +153,8 @@ def glorot_uniform(shape, fan_in, fan_out, device, dtype):
 
 class Linear(Module):
     """y = x w + b for x [N, in_features], w [in_features, out_features], b [out_features].
+
+    w is the transpose of torch.nn.Linear's weight.
 
     dx = dy wᵀ    dw = xᵀ dy    db = Σ_n dy
     """
@@ -217,7 +222,8 @@ class Conv2D(Module):
         g = upstream(out).permute(1, 2, 3, 0).reshape(O, Ho * Wo * N)  # O, L
         if self.b is not None:
             self.b.g = g.sum(1)
-        dW = product(out.cols[:-1], g.t()).t()  # O, K: (cols · dyᵀ)ᵀ, as dy · colsᵀ takes a CPU twice as long
+        # without the row of ones; O, K: (cols · dyᵀ)ᵀ, as dy · colsᵀ takes a CPU twice as long
+        dW = product(out.cols[:-1], g.t()).t()
         self.W.g = dW.reshape(self.W.shape).contiguous()
         if self.input_grad:
             dcols = product(self.W.reshape(O, -1).t(), g)  # K, L
@@ -226,7 +232,8 @@ class Conv2D(Module):
     def im2col(self, x, Ho, Wo):
         """x [N, C, H, W] -> cols [K+1, L]."""
         (N, C, _, _), (kH, kW), (sH, sW), (pH, pW) = x.shape, self.kernel, self.stride, self.padding
-        # N last: the copy below then moves runs of N numbers, however narrow the images are
+        # N last: the copy below then moves runs of N numbers, however narrow the images are; F.pad counts the
+        # dimensions from the last one: N, W, H
         xp = F.pad(x.permute(1, 2, 3, 0), (0, 0, pW, pW, pH, pH))  # C, H+2p, W+2p, N
         windows = xp.unfold(1, kH, sH).unfold(2, kW, sW)  # C, Ho, Wo, N, kH, kW: a view, nothing is copied
         cols = x.new_empty(C * kH * kW + 1, Ho * Wo * N)
@@ -306,7 +313,8 @@ class MaxPool2D(Module):
             larger.append(torch.gt(element, out, out=torch.empty_like(out)))
             out = torch.maximum(out, element)
         p, s = self.padding[dim - 2], self.stride[dim - 2]
-        # windows that begin in the padding: of nothing but -inf, the first element inside the image wins
+        # a window that starts in the padding has its first p - start elements there: where all is -inf, >
+        # finds no maximum and the gradient would go to the padding, so mark the image's first element instead
         for window, start in enumerate(range(0, p, s)[: out.shape[dim]]):
             larger[p - start - 1].select(dim, window).fill_(1)
         out.larger = larger
@@ -392,6 +400,11 @@ class Sequential(Module):
     """
 
     def __init__(self, *layers, reorder=True):
+        for layer in layers:
+            is_layer = hasattr(layer, "bwd") and not isinstance(layer, type)
+            check(
+                is_layer, f"Sequential: {layer!r} is not a layer; expected Sequential(ReLU(), Flatten(), ...)"
+            )
         self.layers, self.reorder, self.tape = list(layers), reorder, []
         keep_freed_memory()
 
@@ -410,11 +423,14 @@ class Sequential(Module):
         return x
 
     @torch.no_grad()
-    def backward(self, last_out, input_grad=True):
-        """From last_out.g, every parameter's g; input_grad=False saves the gradient of the model's input."""
+    def backward(self, last_out=None, input_grad=True):
+        """From last_out.g, every parameter's g; input_grad=False saves the gradient of the model's input.
+
+        last_out is the output of the last call, which is also what None stands for.
+        """
         if self.args is None:
             raise RuntimeError("Sequential.backward(): call the model first, there is no output yet")
-        if last_out is not self.out:
+        if last_out is not None and last_out is not self.out:
             raise RuntimeError(
                 "Sequential.backward(): this is not the output of the last call; call the model again"
             )
@@ -475,7 +491,8 @@ class SGD:
 def build_cnn(device=None, dtype=None):
     """The assignment's network for [N, 1, 28, 28]: two convolutions, one linear layer, 9,098 parameters."""
     where = {"device": device, "dtype": dtype}
-    # a padding of 1 makes up for what a 3×3 window loses at the border: the poolings alone shrink the image
+    # a padding of 1 makes up for what a 3×3 window loses at the border: the poolings alone shrink the image.
+    # layers[1].out is 14×14 already, as the pooling runs first; call the layers one by one to see it at 28×28
     model = Sequential(
         *(Conv2D(1, 8, 3, padding=1, **where), ReLU(), MaxPool2D(2)),  # N, 8, 14, 14
         *(Conv2D(8, 16, 3, padding=1, **where), ReLU(), MaxPool2D(2)),  # N, 16, 7, 7
@@ -663,10 +680,16 @@ def evaluate(model, images, labels):
     return float(CrossEntropy()(logits, labels)), hits / len(labels), logits
 
 
-def named(model):
-    """The parameters by name, which is the layer's number and the attribute: 0.W."""
-    layers = enumerate(model.layers)
-    return {f"{i}.{k}": v for i, layer in layers for k, v in vars(layer).items() if k in ("W", "w", "b")}
+def named(model, prefix=""):
+    """The parameters by name: the layer's number in its Sequential and the attribute, as 0.W or 2.1.b."""
+    found = {}
+    for i, layer in enumerate(model.layers):
+        if isinstance(layer, Sequential):
+            found |= named(layer, f"{prefix}{i}.")
+        else:
+            own = {id(p) for p in layer.parameters()}
+            found |= {f"{prefix}{i}.{k}": v for k, v in vars(layer).items() if id(v) in own}
+    return found
 
 
 def fit(model, train, val, args, out):

@@ -526,6 +526,9 @@ class BadLayerInput(Case):
             (lambda: c.Sequential(dense, c.ReLU(), dense)(x), "twice", "layer for each place"),
             (lambda: c.Sequential(dense, c.Sequential(dense))(x), "twice", "layer for each place"),
             (lambda: c.Sequential(dense, twin)(x), "twice", "layer for each place"),
+            (lambda: c.Sequential([dense, c.ReLU()]), "[<", "not a layer"),
+            (lambda: c.Sequential(dense, c.ReLU), "ReLU", "not a layer"),
+            (lambda: c.Sequential(torch.nn.ReLU()), "ReLU()", "not a layer"),
             (lambda: c.SGD([], -0.1), "lr is -0.1", "at least 0"),
             (lambda: c.SGD([], math.nan), "lr is nan", "at least 0"),
             (lambda: c.SGD([], 0.1, momentum=-1), "momentum is -1", "at least 0"),
@@ -562,6 +565,7 @@ class BadLayerInput(Case):
             with self.assertRaisesRegex(RuntimeError, "not the output of the last call") as caught:
                 model.backward(out)
         model.backward(second)
+        model.backward()  # from the last output
         self.say(f"clear messages, such as {str(caught.exception)!r}")
 
 
@@ -680,6 +684,15 @@ class Training(Case):
             self.assertTrue(all(map(torch.equal, kept, seen[1])))
         self.assertFalse(torch.equal(seen[1][0], seen[2][0]))
         self.say("epoch 2 of 3 kept as it was")
+
+    def test_names(self):
+        """best.pt has every parameter: of nested layers, of one's own, and no bias where there is none."""
+        own = c.Linear(3, 4, **DOUBLE)
+        own.gamma, own.parameters = torch.ones(1), lambda: [own.w, own.gamma]
+        model = c.Sequential(c.Sequential(c.Conv2D(1, 2, 3, bias=False, **DOUBLE)), c.Flatten(), own)
+        self.assertEqual(list(c.named(model)), ["0.0.W", "2.w", "2.gamma"])
+        self.assertEqual(len(c.named(c.build_cnn("cpu"))), 6)
+        self.say(", ".join(c.named(c.build_cnn("cpu"))))
 
 
 # ---------------------------------------------------------------------------------------------- the run
