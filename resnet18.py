@@ -2014,11 +2014,16 @@ def read_args(path, args):
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{path} is damaged or not of this script ({one_line(e)}): name a new --out") from e
     if differ:
-        words = {k: [" ".join(v) if isinstance(v, list) else v for v in (old.get(k), new[k])] for k in differ}
-        text = "; ".join(f"--{k.replace('_', '-')} was {a}, now {b}" for k, (a, b) in words.items())
-        text = f"{text}; for these, name a new --out".replace("None", "not given")
+        words = [f"--{k.replace('_', '-')} was {typed(old.get(k))}, now {typed(new[k])}" for k in differ]
+        text = f"{'; '.join(words)}; for these, name a new --out"
         raise InputError(f"--out {path.parent} holds a run with other arguments: {text}")
     return before
+
+
+def typed(value):
+    if value is None:
+        return "not given"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def own_words():
