@@ -45,5 +45,8 @@ emnist emnist-12k-64px-nocache "${partial[@]}" --cache-gb 0
 emnist emnist-12k-64px-float32 "${partial[@]}" --amp off
 emnist emnist-12k-64px-augment "${partial[@]}" --augment
 
+# what the ImageNet weights are worth: all layers from random ones
+WEIGHTS=none emnist emnist-12k-64px-random --limit 12000 --image-size 64 --regimes full
+
 # all training images
 emnist emnist-112px --limit 0 --image-size 112

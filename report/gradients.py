@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from figures import STYLES, WIDTH
+
 import cnn_from_scratch as c
 
 FLOAT64 = {"device": "cpu", "dtype": torch.float64}
-STYLES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#000000", "v"))
 
 
 def worked_example():
@@ -90,9 +91,9 @@ def deviation(written, numeric):
 
 
 def draw(path, pairs):
-    figure = Figure(figsize=(6.85, 3.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     ax = figure.subplots()
-    for (name, (written, numeric)), (colour, marker) in zip(pairs.items(), STYLES):
+    for (name, (written, numeric)), (colour, marker) in zip(pairs.items(), (*STYLES, ("#000000", "v"))):
         label = f"{name}: {len(written)} values,\nat most {deviation(written, numeric)} apart"
         ax.plot(written, numeric, marker, mfc="none", color=colour, ms=5, label=label)
     ax.axline((0, 0), slope=1, color="#999999", lw=1, zorder=0)

@@ -71,6 +71,7 @@ def read_groups(results):
             "augmented": arguments.get("augment"),
             "no cache": arguments.get("cache_gb") == 0,
             "float32": arguments.get("amp") == "off",
+            "random weights": arguments.get("weights") == "none",
         }
         run["variant"] = ", ".join(name for name, on in switched.items() if on)
         run["recipe"] = tuple(arguments.get(k) for k in RECIPE)
@@ -164,7 +165,20 @@ def emnist_table(results):
     columns += ["trainable", "epochs", "training", "in all"]
     groups = read_groups(results)[1]
     rows = [emnist_cells(group) | {"accuracy (%)": spread(group.accuracies)} for group in groups]
+    usual = usual_machine(groups) if groups else None
+    for row, group in zip(rows, groups):
+        if machine(group) != usual:
+            row |= {k: f"{row[k]}*" for k in ("training", "in all")}
     return table_of(rows, *columns)
+
+
+def machine(group):
+    return group["device"], group["torch"]
+
+
+def usual_machine(groups):
+    """That of the most groups: times are comparable there."""
+    return collections.Counter(map(machine, groups)).most_common(1)[0][0]
 
 
 def short_list(groups):
@@ -267,6 +281,7 @@ COMPARED = {  # two groups of scopes_of(): what the first gains on the second
     "no cache": ("no cache/partial_unfreeze", "same/partial_unfreeze"),
     "float32": ("float32/partial_unfreeze", "same/partial_unfreeze"),
     "augmented": ("augmented/partial_unfreeze", "same/partial_unfreeze"),
+    "pretrained": ("same/full", "random weights/full"),
     "more, probe": ("main/linear_probe", "fewer/linear_probe"),
     "more, partial": ("main/partial_unfreeze", "fewer/partial_unfreeze"),
 }
@@ -311,7 +326,9 @@ def scopes_of(groups):
     scopes = {"main": at(main), "small": at(small), "same": same_seeds(small)}
     scopes["fewer"] = same_seeds((small[0], main[1])) if main[0] > small[0] else []
     scopes |= {f"px{px}": same_seeds((small[0], px)) for px in (64, 112, 224)}
-    scopes |= {name: same_seeds(small, name) for name in ("augmented", "no cache", "float32")}
+    scopes |= {
+        name: same_seeds(small, name) for name in ("augmented", "no cache", "float32", "random weights")
+    }
     named = {f"{name}/{group['regime']}": group for name, members in scopes.items() for group in members}
     return named | {"best": max(scopes["main"], key=lambda group: group.mean("val_accuracy"))}
 
@@ -396,8 +413,9 @@ def curves(lines):
 
 
 def points(groups):
-    """Name, regime's number, minutes, accuracy and its deviation, by training time."""
-    for group in sorted(groups, key=lambda g: g.cost):
+    """Name, regime's number, minutes, accuracy and its deviation, by training time, on the usual machine."""
+    usual = usual_machine(groups)
+    for group in sorted((g for g in groups if machine(g) == usual), key=lambda g: g.cost):
         name = "{regime}, {px} px, {images} images".format(**emnist_cells(group))
         yield name, REGIMES.index(group["regime"]), group.cost / 60, group.accuracy, group.deviation
 
