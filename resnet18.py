@@ -272,7 +272,8 @@ def draw_affine(n, generator):
 def warp(images, theta, size):
     """Augments and resizes in one interpolation, as a second one would blur; the identity gives resize()."""
     where = "cpu" if images.device.type == "mps" else images.device  # mps knows no "border" padding
-    grid = F.affine_grid(theta.to(where), (len(images), 1, size, size), align_corners=False)
+    theta = theta.to(where, non_blocking=True)  # otherwise every step would wait for the GPU
+    grid = F.affine_grid(theta, (len(images), 1, size, size), align_corners=False)
     grey = images[:, None].to(where).float()
     return F.grid_sample(grey, grid, "bilinear", "border", align_corners=False).to(images.device)
 
@@ -403,7 +404,8 @@ def in_batches(run, forward, shape, what, poll, start=0, total=None, dtype=torch
         mine = min(first + run.rank * EVAL_BATCH, stop)
         index = torch.arange(mine, min(mine + EVAL_BATCH, stop), device=run.device)
         if len(index):
-            rows[index - start] = forward(index)
+            # a slice: with --deterministic, CUDA would copy all of `rows` to write into it by an index
+            rows[mine - start : mine - start + len(index)] = forward(index)
         poll()
         run.pulse(pace, what, min(first + EVAL_BATCH * run.world, stop), total or stop, began, start)
     if run.world > 1:
@@ -603,7 +605,7 @@ class Trainer:
         mine, theta = index[run.rank :: run.world], None  # this process's share of them
         if run.settings.augment:
             generator = rng(run.settings.seed, "augment", state.number, state.epoch, state.step)
-            theta = draw_affine(len(index), generator)[run.rank :: run.world].to(run.device)
+            theta = draw_affine(len(index), generator)[run.rank :: run.world]
         y = self.data.labels["train"][mine]
         logits = (self.ddp or self.head)(self.inputs("train", mine, theta))
         # this process's part of the step's mean loss; DDP averages the gradients over the processes, so that
@@ -1076,7 +1078,8 @@ def time_per_image(run, data, model, trains):
     model, size = copy.deepcopy(model), run.settings.image_size  # the run's own weights and statistics stay
     frozen, head = split_at(model, trains, run.settings.amp)
     head.train()
-    n = max(4, min(128, 400_000 // size**2)) if run.device.type == "cpu" else 128
+    most = min(128, run.settings.batch_size or 128)  # a small GPU may have no memory for more
+    n = max(4, min(most, 400_000 // size**2)) if run.device.type == "cpu" else most
     index = torch.arange(n, device=run.device) % len(data.labels["train"])
     images, labels, times = data.images["train"][index], data.labels["train"][index], []
     for _ in range(3):  # the first one also sets up kernels
@@ -2145,7 +2148,8 @@ def run_training(args):
     run = Run(args)
     with contextlib.ExitStack() as stack:
         if run.world > 1:
-            stack.callback(dist.destroy_process_group)
+            # not after an error: NCCL would wait for the others, which go on, and no message be printed
+            stack.push(lambda error, *_: None if error else dist.destroy_process_group())
         run.out, before = run.from_rank0("out", lambda: open_out(args, stack))
         rows, sentence = run.from_rank0("finished", lambda: finished_rows(run.out, args.regimes, before))
         if sentence:

@@ -214,14 +214,15 @@ def step_table(results):
 
     On a GPU only the latter is measured: its rows come last, with its name and the times of that comparison.
     """
-    usual, *sections = re.split(r"^kernel for kernel, (.+):.*", read_text(results / "bench.txt"), flags=re.M)
+    text = read_text(results / "bench.txt")
+    sections = re.split(r"^kernel for kernel, (.+):.*", text, flags=re.M)[1:]  # the CPU's is the last one
     median, rows = r" +([\d.]+)x? \(([\d.]+)-([\d.]+)\)", {}  # and the quartiles
-    for batch, *times, speed, low, high in re.findall(rf"^ +(\d+){4 * median}$", usual, re.M):
+    for batch, *times, speed, low, high in re.findall(rf"^ +(\d+){4 * median}$", text, re.M):
         rows[batch] = [batch, *(f"{ms} ms" for ms in times[::3]), f"{speed}× ({low}–{high})", ""]
     line = r"^ +(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)x"
     for device, section in zip(sections[::2], sections[1::2]):
         for batch, *times, speed in re.findall(line, section, re.M):
-            name = batch if device == sections[0] else f"{batch} {device}"
+            name = batch if device == sections[-2] else f"{batch} {device}"
             rows.setdefault(name, [name, *(f"{ms} ms" for ms in times), "", ""])[-1] = f"{speed}×"
     head = ["batch", "torch.nn NCHW", "torch.nn channels_last", "by hand"]
     return [[*head, "speed as users run it", "speed kernel for kernel"], *rows.values()]
