@@ -129,7 +129,10 @@ def random_layer(name, rng, device, dtype):
         "conv2d": (conv, lambda x, W, b=None: F.conv2d(x, W, b, stride, padding)),
         "relu": (c.ReLU(), F.relu),
         "maxpool2d": (c.MaxPool2D(*pool), maxpool),
-        "relu, maxpool2d": (c.Sequential(c.ReLU(), c.MaxPool2D(*pool)), lambda x: maxpool(x.relu())),
+        "relu, maxpool2d": (
+            c.Sequential(c.ReLU(), c.MaxPool2D(*pool), reorder=True),
+            lambda x: maxpool(x.relu()),
+        ),
         "flatten": (c.Flatten(), lambda x: x.flatten(1)),
         "cross entropy": (c.CrossEntropy(), lambda x, y: F.cross_entropy(x, y.long())),
     }[name]
@@ -453,14 +456,34 @@ class Composed(Case):
         relu, halve, flat, last = c.ReLU(), c.MaxPool2D(2), c.Flatten(), c.Linear(36, 5, **DOUBLE)
         first, second = (c.Conv2D(*sizes, 3, padding=1, **DOUBLE) for sizes in ((1, 3), (3, 4)))
         inner = c.Sequential(c.Sequential(first, relu), halve)
-        model = c.Sequential(inner, c.Sequential(), second, relu, halve, flat, c.Sequential(flat, last))
+        layers = inner, c.Sequential(), second, relu, halve, flat, c.Sequential(flat, last)
         x = torch.randn(2, 1, 12, 12, dtype=torch.float64)
-        self.within(1e-12, compare(model, cnn, x), "three deep; ReLU, MaxPool2D and Flatten twice")
-        # pooling runs before ReLU, unless told otherwise; a subclass of ReLU stays where it is
+        off = max(compare(c.Sequential(*layers, reorder=reorder), cnn, x) for reorder in (False, True))
+        self.within(1e-12, off, "three deep; ReLU, MaxPool2D and Flatten twice")
+        # only where wanted does pooling run before ReLU; a subclass of ReLU stays where it is
         subclass = type("Leaky", (c.ReLU,), {})()
-        self.assertEqual(c.Sequential(relu, halve).run_order(), [halve, relu])
-        self.assertEqual(c.Sequential(relu, halve, reorder=False).run_order(), [relu, halve])
-        self.assertEqual(c.Sequential(subclass, halve).run_order(), [subclass, halve])
+        self.assertEqual(c.Sequential(relu, halve).run_order(), [relu, halve])
+        self.assertEqual(c.Sequential(relu, halve, reorder=True).run_order(), [halve, relu])
+        self.assertEqual(c.Sequential(subclass, halve, reorder=True).run_order(), [subclass, halve])
+
+    def test_layer_by_layer(self):
+        """After model(x), backward() of one layer after the other gives the gradients of model.backward()."""
+        model = c.Sequential(
+            *(c.Conv2D(1, 3, 3, padding=1, **DOUBLE), c.ReLU(), c.MaxPool2D(2)),
+            *(c.Flatten(), c.Linear(48, 5, **DOUBLE)),
+        )
+        x, targets, loss, gradients = torch.randn(4, 1, 8, 8, **DOUBLE), torch.arange(4), c.CrossEntropy(), []
+        for by_layer in (False, True):
+            loss(model(x), targets)
+            loss.backward()
+            if by_layer:
+                for layer in reversed(model.layers):
+                    layer.backward()
+            else:
+                model.backward()
+            gradients.append([p.g for p in (x, *model.parameters())])
+        self.assertTrue(all(map(torch.equal, *gradients)))
+        self.say(f"{len(gradients[0])} tensors, the same bits")
 
     def test_input_grad(self):
         """input_grad=False leaves out the gradient of the model's input, and nothing else, for that call."""
@@ -491,7 +514,8 @@ class BadLayerInput(Case):
     def test_messages(self):
         x, image, loss, cpu = torch.randn(2, 3), torch.randn(2, 3, 8, 8), c.CrossEntropy(), {"device": "cpu"}
         dense, twin, convolution = c.Linear(3, 2, **cpu), c.Linear(3, 2, **cpu), c.Conv2D(3, 2, 3, **cpu)
-        twin.w = dense.w
+        twin.w, square = dense.w, c.Conv2D(3, 2, 3, **cpu)
+        square.W = torch.randn(2, 3, 2, 2)
         cases = (
             (lambda: c.Linear(0, 2), "in_features is 0", "at least 1"),
             (lambda: c.Linear(2, -1), "out_features is -1", "at least 1"),
@@ -510,7 +534,9 @@ class BadLayerInput(Case):
             (lambda: c.Conv2D(4, 2, 3, **cpu)(image), "[2, 3, 8, 8]", "4"),
             (lambda: convolution(image[0]), "[3, 8, 8]", "3"),
             (lambda: convolution(image.double()), "float64", "float32"),
-            (lambda: convolution(image.tolist()), "list", "3"),
+            (lambda: convolution(image.tolist()), "Conv2D", "list", "a tensor"),
+            (lambda: c.Flatten()(image.numpy()), "Flatten", "ndarray", "a tensor"),
+            (lambda: square(image), "[2, 3, 2, 2]", "(3, 3)"),
             (lambda: c.Conv2D(3, 2, (3, 11), padding=1, **cpu)(image), "(3, 11)", "(10, 10)"),
             (lambda: c.MaxPool2D(3, padding=2), "padding 2", "half of the kernel 3"),
             (lambda: c.MaxPool2D(9)(image), "(9, 9)", "(8, 8)"),
@@ -534,6 +560,7 @@ class BadLayerInput(Case):
             (lambda: c.SGD([], 0.1, momentum=-1), "momentum is -1", "at least 0"),
             (lambda: c.SGD([], 0.1, weight_decay=-1), "weight_decay is -1", "at least 0"),
             (lambda: c.SGD([], 0.1, nesterov=True), "nesterov", "momentum"),
+            (lambda: c.SGD(dense.w, 0.1), "a list", "a tensor"),
         )
         for act, *parts in cases:
             with self.assertRaises(ValueError, msg=parts) as caught:
@@ -555,6 +582,10 @@ class BadLayerInput(Case):
             out.g = torch.randn(2, *out.shape)
             with self.assertRaisesRegex(ValueError, "shape|not one number"):
                 layer.backward()
+        relu = c.ReLU()
+        relu(torch.arange(3)).g = torch.full((3,), 0.5)  # would be 0 as an integer
+        with self.assertRaisesRegex(ValueError, "int64"):
+            relu.backward()
         layer, x = c.Linear(4, 4, **DOUBLE), torch.randn(4, 4, **DOUBLE)
         model = c.Sequential(layer, c.ReLU())
         with self.assertRaisesRegex(RuntimeError, "call the model first"):
