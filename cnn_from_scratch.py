@@ -13,7 +13,7 @@ A layer is a constructor, `forward` and `bwd`; bwd(out, x) turns the gradient ou
 The comment at the end of a line gives the shape of its result: N batch, C and O channels in and out, H, W
 height and width, kH, kW kernel, s stride, p padding, Ho, Wo output size.
 
-A tensor [N, C, H, W] may lie in memory in any order. Conv2D leaves its output with the batch innermost, as
+A tensor [N, C, H, W] may have any memory layout. Conv2D leaves its output with the batch innermost, as
 C, H, W, N: a convolution is then one plain matrix product, and every copy moves long contiguous runs.
 """
 
@@ -61,7 +61,7 @@ except ImportError:  # Windows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WEIGHT_DECAY = 5e-4  # of the one-cycle recipe
-EPOCHS = {"mnist": 5, "digits": 30}  # --epochs' default: MNIST's have 844 steps, the digits' 21
+EPOCHS = {"mnist": 5, "digits": 30}  # --epochs' default; an epoch is 844 steps (digits: 21)
 
 # ---------------------------------------------------------------------------------------------- layers
 
@@ -75,8 +75,8 @@ class Module:
     Raises RuntimeError for backward() before a forward pass, ValueError for input that does not fit.
     """
 
-    args = out = None  # on the class: a layer needs no super().__init__()
-    input_grad = True  # Sequential sets it to False where nobody needs the gradient of a first layer's input
+    args = out = None  # class attributes: a layer needs no super().__init__()
+    input_grad = True  # Sequential sets it to False where the model input's gradient isn't needed
 
     @torch.no_grad()  # a caller's tensor may require torch's own gradients, but its graph must not grow
     def __call__(self, x, *args):
@@ -189,7 +189,7 @@ class Conv2D(Module):
     """y[n,o,h,w] = b[o] + Σ_{c,i,j} W[o,c,i,j] · x[n, c, h·s+i-p, w·s+j-p]: cross-correlation, as in torch.
 
     With K = C·kH·kW and L = Ho·Wo·N, im2col makes a matrix [K, L]: its row (c, i, j) holds, for every output
-    pixel of every image, the input pixel that W[:, c, i, j] is multiplied by. A last row of ones is for b.
+    pixel of every image, the input pixel that W[:, c, i, j] is multiplied by. A last row of ones adds b.
 
         y = [W b] · cols    dW = dy · colsᵀ (without the ones)    db = Σ dy    dcols = Wᵀ · dy
 
@@ -203,7 +203,7 @@ class Conv2D(Module):
         self.kernel, self.stride = as_pair("kernel_size", kernel_size), as_pair("stride", stride)
         self.padding = as_pair("padding", padding, least=0)
         shape, area = (out_channels, in_channels, *self.kernel), math.prod(self.kernel)
-        # an output pixel has `area` weights for each input channel, an input pixel for each output channel
+        # fan_in: weights into one output pixel; fan_out: weights out of one input pixel (stride 1)
         self.W = glorot_uniform(shape, in_channels * area, out_channels * area, device, dtype)
         self.b = torch.zeros(out_channels, device=device or DEVICE, dtype=dtype) if bias else None
 
@@ -224,11 +224,11 @@ class Conv2D(Module):
 
     def bwd(self, out, x):
         N, O, Ho, Wo = out.shape
-        # no copy where the gradient is laid out in memory as the output is, as here after ReLU and MaxPool2D
+        # no copy if the gradient has the output's memory layout, which ReLU and MaxPool2D preserve
         g = upstream(out).permute(1, 2, 3, 0).reshape(O, Ho * Wo * N)  # O, L
         if self.b is not None:
             self.b.g = g.sum(1)
-        # without the row of ones; O, K: (cols · dyᵀ)ᵀ, as dy · colsᵀ takes a CPU twice as long
+        # [:-1] drops the ones; O, K: (cols · dyᵀ)ᵀ, since dy · colsᵀ is twice as slow on a CPU
         dW = product(out.cols[:-1], g.t()).t()
         self.W.g = dW.reshape(self.W.shape).contiguous()
         if self.input_grad:
@@ -238,8 +238,8 @@ class Conv2D(Module):
     def im2col(self, x, Ho, Wo):
         """x [N, C, H, W] -> cols [K+1, L]."""
         (N, C, _, _), (kH, kW), (sH, sW), (pH, pW) = x.shape, self.kernel, self.stride, self.padding
-        # N last: the copy below then moves runs of N numbers, however narrow the images are; F.pad counts the
-        # dimensions from the last one: N, W, H
+        # N last: the copy below then moves runs of N numbers, however narrow the images; F.pad counts
+        # dimensions from the last: N, W, H
         xp = F.pad(x.permute(1, 2, 3, 0), (0, 0, pW, pW, pH, pH))  # C, H+2p, W+2p, N
         windows = xp.unfold(1, kH, sH).unfold(2, kW, sW)  # C, Ho, Wo, N, kH, kW: a view, nothing is copied
         cols = x.new_empty(C * kH * kW + 1, Ho * Wo * N)
@@ -258,7 +258,7 @@ class Conv2D(Module):
                 # Ho × Wo pixels, s apart
                 dxp[:, i : i + sH * Ho : sH, j : j + sW * Wo : sW] += dcols[:, i, j]
         dx = dxp[:, pH : pH + H, pW : pW + W].permute(3, 0, 1, 2)
-        return torch.empty_like(x).copy_(dx)  # in memory as x is: x.g.view(-1) works where x.view(-1) does
+        return torch.empty_like(x).copy_(dx)  # x's memory layout: x.g.view(-1) works if x.view(-1) does
 
 
 class ReLU(Module):
@@ -289,11 +289,11 @@ class MaxPool2D(Module):
 
     def forward(self, x):
         check_input("MaxPool2D", x, (None, None, None, None))
-        output_size("MaxPool2D", x, self.kernel, self.stride, self.padding)  # a check that the kernel fits
+        output_size("MaxPool2D", x, self.kernel, self.stride, self.padding)  # only checks that it fits
         (pH, pW), xp = self.padding, x
         if any(self.padding) or self.kernel == (1, 1):  # a 1×1 pooling must not return x itself
             xp = F.pad(x, (pW, pW, pH, pH), value=-math.inf)  # N, C, H+2p, W+2p
-        # a k×k window takes about 2k comparisons so, not k²
+        # about 2k comparisons per k×k window, not k²
         rows = self.pool(xp, 3)  # N, C, H+2p, Wo
         out = self.pool(rows, 2)  # N, C, Ho, Wo
         out.xp, out.rows = xp, rows
@@ -306,12 +306,12 @@ class MaxPool2D(Module):
         x.g = torch.empty_like(x).copy_(g[:, :, pH : pH + H, pW : pW + W]) if any(self.padding) else g
 
     def elements(self, x, dim):
-        """[element 0 of every window along dim, element 1, ...]: views of x, one for each of the kernel's."""
+        """[element 0 of every window along dim, element 1, ...]: views of x, one per kernel position."""
         return x.unfold(dim, self.kernel[dim - 2], self.stride[dim - 2]).unbind(-1)
 
     def pool(self, x, dim):
-        """The maximum of each window along dim, and its place: out.larger[k - 1] is 1.0 where element k is
-        larger than all before it, else 0.0. The last 1.0 marks the first maximum; none marks element 0.
+        """Each window's maximum along dim, and where it is: out.larger[k - 1] is 1.0 where element k exceeds
+        all before it, else 0.0. The last 1.0 marks the first maximum; without one, it is element 0.
         """
         elements, larger = self.elements(x, dim), []
         out = elements[0]
@@ -319,18 +319,18 @@ class MaxPool2D(Module):
             larger.append(torch.gt(element, out, out=torch.empty_like(out)))
             out = torch.maximum(out, element)
         p, s = self.padding[dim - 2], self.stride[dim - 2]
-        # a window that starts in the padding has its first p - start elements there: where all is -inf, >
-        # finds no maximum and the gradient would go to the padding, so mark the image's first element instead
+        # element p - start is the first real one of a window that starts in the padding; if it is -inf too, >
+        # misses it and the gradient would go to the padding, so mark it
         for window, start in enumerate(range(0, p, s)[: out.shape[dim]]):
             larger[p - start - 1].select(dim, window).fill_(1)
         out.larger = larger
         return out
 
     def unpool(self, g, out, x, dim):
-        """The gradient of x, from g, that of out = pool(x, dim).
+        """The gradient of x from g, the gradient of out = pool(x, dim).
 
-        Walks back from a window's last element: the first flag that is 1.0 takes all of g, and nothing is
-        left for the elements before.
+        Walks back from a window's last element: the first flag set to 1.0 takes all of g, leaving nothing for
+        earlier elements.
         """
         dx = torch.zeros_like(x)
         elements, overlap = self.elements(dx, dim), self.stride[dim - 2] < self.kernel[dim - 2]
@@ -359,9 +359,9 @@ class Flatten(Module):
 class CrossEntropy(Module):
     """The mean over the batch of -log softmax(logits)[target]; d logits = (softmax - onehot) · loss.g / N.
 
-    logits float [N, classes], targets of any integer type [N]; loss.g counts as 1 when it is not set. Call
-    the criterion's backward(): loss.backward() is autograd's, and fails here. Raises ValueError for wrong
-    shapes and for targets out of range.
+    logits float [N, classes], targets of any integer type [N]; loss.g counts as 1 if unset. Call the
+    criterion's backward(): loss.backward() is autograd's, and fails here. Raises ValueError for wrong shapes
+    and for targets out of range.
     """
 
     def forward(self, logits, targets):
@@ -372,10 +372,10 @@ class CrossEntropy(Module):
         check(integer, f"CrossEntropy: targets are {kind}, expected class numbers of an integer type")
         targets = targets.long()
         if len(targets):
-            low, high = torch.stack(targets.aminmax()).tolist()  # waits for a GPU, so once and not twice
+            low, high = torch.stack(targets.aminmax()).tolist()  # waits for a GPU, so do it only once
             fits = low >= 0 and high < classes
             check(fits, f"CrossEntropy: targets {low} to {high}, expected 0 to {classes - 1}")
-        # log softmax does not change when a row is shifted; by its maximum, so that exp can't overflow
+        # log softmax ignores shifts of a row; subtracting its maximum keeps exp from overflowing
         log_p = logits - logits.amax(1, keepdim=True)  # N, classes
         log_p -= log_p.exp().sum(1, keepdim=True).log_()
         loss = log_p.gather(1, targets[:, None]).mean().neg_()
@@ -388,9 +388,7 @@ class CrossEntropy(Module):
         check(g.numel() == 1, "CrossEntropy: loss.g is not one number")
         difference = out.log_p.exp()  # N, classes: softmax, then minus the one-hot targets
         difference.scatter_add_(1, targets.long()[:, None], difference.new_full((len(logits), 1), -1))
-        logits.g = difference.mul_(
-            g.reshape(()) / max(len(logits), 1)
-        )  # N: the loss is a mean; 1 for no rows
+        logits.g = difference.mul_(g.reshape(()) / max(len(logits), 1))  # / N: loss is a mean; 1 if no rows
 
 
 class Sequential(Module):
@@ -401,10 +399,10 @@ class Sequential(Module):
     way; after a 2×2 pooling ReLU has a quarter of the work. The layers' `args` and `out` are then those of
     the order that ran: call the model's backward(), not one layer's after the other.
 
-    A layer without parameters may stand in it several times (a Sequential once), and a Sequential may be a
-    layer. Making one calls keep_freed_memory(), which is for the whole process.
+    A layer without parameters may occur several times (a Sequential only once); Sequentials may be nested.
+    Making one calls keep_freed_memory(), which affects the whole process.
 
-    Raises ValueError for parameters that stand in it twice, RuntimeError for backward() of anything but the
+    Raises ValueError for parameters that occur twice, RuntimeError for backward() of anything but the
     output of the last call.
     """
 
@@ -419,8 +417,8 @@ class Sequential(Module):
     def forward(self, x):
         ids = [id(p) for p in self.parameters()]
         once = len(set(ids)) == len(ids)
-        check(once, "Sequential: the same parameters stand in it twice; make a layer for each place")
-        # let go of the last step's tensors first: their memory is still in the cache and is used again
+        check(once, "Sequential: the same parameters occur twice; make a layer for each use")
+        # free the last step's tensors first: their memory, still in the CPU cache, is then reused
         self.args, self.out, self.tape = None, None, []
         for layer in self.layers:
             layer.args = layer.out = None
@@ -432,9 +430,9 @@ class Sequential(Module):
 
     @torch.no_grad()
     def backward(self, last_out=None, input_grad=True):
-        """From last_out.g, every parameter's g; input_grad=False saves the gradient of the model's input.
+        """Computes every parameter's g from last_out.g; input_grad=False skips that of the model's input.
 
-        last_out is the output of the last call, which is also what None stands for.
+        last_out must be the last call's output, which is also the default.
         """
         if self.args is None:
             raise RuntimeError("Sequential.backward(): call the model first, there is no output yet")
@@ -499,14 +497,12 @@ class SGD:
 def build_cnn(device=None, dtype=None):
     """The assignment's network for [N, 1, 28, 28]: two convolutions, one linear layer, 9,098 parameters."""
     where = {"device": device, "dtype": dtype}
-    # a padding of 1 makes up for what a 3×3 window loses at the border: the poolings alone shrink the image.
+    # a padding of 1 makes up for what a 3×3 window loses at the border: only pooling shrinks the image.
     # layers[1].out is 14×14 already, as the pooling runs first; call the layers one by one to see it at 28×28
-    model = Sequential(
-        *(Conv2D(1, 8, 3, padding=1, **where), ReLU(), MaxPool2D(2)),  # N, 8, 14, 14
-        *(Conv2D(8, 16, 3, padding=1, **where), ReLU(), MaxPool2D(2)),  # N, 16, 7, 7
-        *(Flatten(), Linear(784, 10, **where)),  # N, 10
-        reorder=True,  # 7 to 14 % less time for a step
-    )
+    layers = [Conv2D(1, 8, 3, padding=1, **where), ReLU(), MaxPool2D(2)]  # N, 8, 14, 14
+    layers += [Conv2D(8, 16, 3, padding=1, **where), ReLU(), MaxPool2D(2)]  # N, 16, 7, 7
+    layers += [Flatten(), Linear(784, 10, **where)]  # N, 10
+    model = Sequential(*layers, reorder=True)  # a step takes 7 to 14 % less time
     assert sum(p.numel() for p in model.parameters()) == 9098
     return model
 
@@ -527,7 +523,7 @@ def product(a, b):
 
 @functools.cache  # once per process
 def keep_freed_memory():
-    """Has glibc keep freed memory for the next step, in the whole process; nothing with another C library.
+    """Makes glibc keep freed memory for reuse, process-wide; does nothing with another C library.
 
     By default it returns large blocks to the system and takes them anew at every step, at the price of a page
     fault for every 4 KB: a step takes 1.1 times as long at batch 128, three times at batch 640.
@@ -545,7 +541,7 @@ class InputError(ValueError):
     """Bad input from the user: one line, exit status 2."""
 
 
-# these say that a folder can't be written; anything else that stops a download is the network's
+# these mean an unwritable folder; anything else that stops a download is the network's fault
 FOLDER_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
@@ -557,7 +553,7 @@ def one_line(error, limit=200):
 
 
 def load_mnist(folder):
-    """MNIST's training and test set: [(images uint8 [n, 28, 28], labels int64 [n]), the same for the test].
+    """MNIST: [training set, test set], each a pair (images uint8 [n, 28, 28], labels int64 [n]).
 
     Downloads them into `folder` if they are missing. Raises ConnectionError if that fails, InputError if the
     files are damaged or the folder can't be written.
@@ -638,12 +634,12 @@ def to_input(images):
 
 def batches(images, labels, size, generator, shift):
     """One epoch of (x, y): every sample once, in random order, moved by up to `shift` pixels each way."""
-    # windows[n, d, r] is image n moved by (shift - d, shift - r): a view, so all the moves cost no memory
+    # windows[n, top, left] is image n moved by (shift - top, shift - left): a view, so it costs no memory
     windows = F.pad(images, (shift,) * 4).unfold(1, 28, 1).unfold(2, 28, 1)  # n, 2·shift+1, 2·shift+1, 28, 28
     order = torch.randperm(len(images), generator=generator).to(images.device)
-    down, right = torch.randint(2 * shift + 1, (2, len(images)), generator=generator).to(images.device)
-    for rows, d, r in zip(order.split(size), down.split(size), right.split(size)):
-        yield to_input(windows[rows, d, r]), labels[rows]
+    top, left = torch.randint(2 * shift + 1, (2, len(images)), generator=generator).to(images.device)
+    for rows, y, x in zip(order.split(size), top.split(size), left.split(size)):
+        yield to_input(windows[rows, y, x]), labels[rows]
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -653,14 +649,14 @@ def learning_rate(step, steps, peak, schedule):
     """One-cycle (Smith 2018, arXiv 1803.09820): linearly up over the first tenth, then linearly to zero."""
     if schedule == "constant":
         return peak
-    # full speed from the start could throw the random weights far off, and at the end would not settle
+    # the peak rate could throw random weights far off at the start, and would not settle at the end
     return peak * min(1, (step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
 
 
 def train_epoch(model, optimizer, data, rates, epoch=1):
     """One pass over the batches of `data`, with a learning rate for each step; returns (loss, accuracy).
 
-    Raises FloatingPointError with the numbers of step and epoch where the loss is not finite.
+    Raises FloatingPointError naming the step and epoch if the loss is not finite.
     """
     criterion, losses, hits, sizes = CrossEntropy(), [], [], []
     for rate, (x, y) in zip(rates, data):
@@ -677,7 +673,7 @@ def train_epoch(model, optimizer, data, rates, epoch=1):
         if not math.isfinite(loss):
             where = f"at step {step} of epoch {epoch}"
             raise FloatingPointError(f"the loss is {loss} {where}: try a smaller --lr")
-    total = sum(loss * n for loss, n in zip(losses, sizes))  # a smaller last batch counts as what it is
+    total = sum(loss * n for loss, n in zip(losses, sizes))  # a smaller last batch weighs less
     return total / sum(sizes), int(sum(hits)) / sum(sizes)
 
 
@@ -704,7 +700,7 @@ def named(model, prefix=""):
 def fit(model, train, val, args, out):
     """Trains, and leaves the model with the weights of the best epoch on validation (the first of equals).
 
-    Writes log.csv into the folder `out` after every epoch, and best.pt after every best one so far. Returns
+    Writes log.csv into the folder `out` after every epoch, and best.pt after each new best one. Returns
     the log: a dict for each epoch.
     """
     course = args.schedule == "constant"  # the course's recipe: no Nesterov, no weight decay, no shifts
@@ -720,13 +716,13 @@ def fit(model, train, val, args, out):
         loss, accuracy = train_epoch(model, sgd, data, rates, epoch)
         seconds = time.perf_counter() - began
         val_loss, val_accuracy, _ = evaluate(model, *val)
-        if not math.isfinite(val_loss):  # a training loss is from before its step: none shows the last step
+        if not math.isfinite(val_loss):  # training losses predate their step: none shows the last
             raise FloatingPointError(f"the loss is {val_loss} after epoch {epoch}: try a smaller --lr")
         row = dict(epoch=epoch, train_loss=loss, train_accuracy=accuracy, val_loss=val_loss)
         row |= dict(val_accuracy=val_accuracy, lr=rates[-1], seconds=seconds, best=int(val_accuracy > best))
         log.append(row)
         if row["best"]:
-            # copies: the optimizer goes on changing the parameters in place
+            # copies: the optimizer keeps changing the parameters in place
             best, weights = val_accuracy, {name: p.to("cpu", copy=True) for name, p in named(model).items()}
             buffer = io.BytesIO()
             torch.save(weights, buffer)
@@ -782,7 +778,7 @@ def save_grid(path, images, titles, heading):
 def save_curves(path, title, log):
     figure, epochs = Figure(figsize=(9.2, 3.6), layout="constrained"), [row["epoch"] for row in log]
     figure.suptitle(title, fontsize=11)
-    # blue and vermilion of Okabe and Ito's palette: told apart without red and green, the marks even in grey
+    # blue and vermilion of Okabe and Ito's palette: colour-blind safe; the markers differ even in grey
     train = "train", "training, mean over the epoch", "o--", "#0072B2"
     val = "val", "validation, after the epoch", "s-", "#D55E00"
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy")):
@@ -792,7 +788,8 @@ def save_curves(path, title, log):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.legend()
         axes.grid(alpha=0.3)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))  # the accuracy's; a loss has no unit
+        if key == "accuracy":
+            axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     save_figure(figure, path)
 
 
@@ -813,9 +810,9 @@ def save_filters(path, title, model, image, label):
     first = f"first layer: its 3×3 filters, weights from {-limit:.1f} (red) to {limit:.1f} (blue)"
     match = "what each filter makes of the digit, after ReLU: bright is a large output (28×28)"
     second = "second layer: each map combines all eight above, after ReLU and pooling (7×7)"
-    rows = zip((first, match, second), (filters, maps[1], maps[5]), ("RdBu", "gray", "gray"), (-limit, 0, 0))
-    for part, row in zip(right.subfigures(3, 1, height_ratios=(1, 1, 1.85)), rows):
-        heading, images, colours, low = row
+    rows = (first, filters, "RdBu", -limit), (match, maps[1], "gray", 0), (second, maps[5], "gray", 0)
+    parts = right.subfigures(3, 1, height_ratios=(1, 1, 1.85))
+    for part, (heading, images, colours, low) in zip(parts, rows):
         part.suptitle(heading, fontsize=9)
         for axes, picture in zip(part.subplots(len(images) // 8, 8).flat, images):
             # one scale for all of a row: on a scale of its own, a filter that finds nothing would look busy
@@ -825,7 +822,7 @@ def save_filters(path, title, model, image, label):
 
 
 def save_pictures(out, title, model, train, test, logits, log):
-    """The run's PICTURES; logits are the trained model's for the test set."""
+    """Draws PICTURES; logits: the trained model's, on the test set."""
     save_grid(out / "samples.png", train[0][:32].cpu(), train[1][:32].tolist(), f"{title}: training samples")
     save_curves(out / "curves.png", title, log)
     save_filters(out / "filters.png", title, model, test[0][0], int(test[1][0]))
@@ -841,7 +838,7 @@ def save_pictures(out, title, model, train, test, logits, log):
     wrong = (guess != labels).nonzero()[:, 0]
     worst = wrong[p[wrong].argsort(descending=True, stable=True)][:32]
     titles = [f"{int(labels[k])} → {int(guess[k])} ({float(p[k]):.0%})" for k in worst]
-    heading = f"{title}: {len(worst)} of {len(wrong)} mistakes, the surest first, true → predicted (how sure)"
+    heading = f"{title}: {len(worst)} of {len(wrong)} mistakes, surest first: true → predicted (probability)"
     save_grid(out / "mistakes.png", images[worst], titles, heading)
 
 
@@ -849,9 +846,9 @@ def save_pictures(out, title, model, train, test, logits, log):
 
 
 def open_picture(path):
-    """Grey float32 [H, W] in 0..255, upright, the longer side 200 px, white behind what is transparent.
+    """Grey float32 [H, W] in 0..255, upright, longer side 200 px, transparency on white.
 
-    Raises InputError for what is no image, a damaged image or one of more than 64 megapixels.
+    Raises InputError if it is not an image, is damaged or has more than 64 megapixels.
     """
     hint, hints = "", {b"%PDF": "a PDF: export the page as PNG; ", b"ftyp": "HEIC: save it as JPEG or PNG; "}
     try:
@@ -862,7 +859,7 @@ def open_picture(path):
             picture = Image.open(file)
             w, h = picture.size
             if w * h > 64e6 or max(w, h) > 50 * min(w, h):  # before decoding: 20 KB of PNG may become 4 GB
-                raise InputError(f"{w} x {h} pixels: more than 64 million, or a mere line")
+                raise InputError(f"{w} x {h} pixels: over 64 million, or thinner than 1:50")
             picture.draft("RGB", (200, 200))  # a JPEG is decoded at a half, a quarter or an eighth
             picture = ImageOps.exif_transpose(picture)
             if picture.mode[0] in "IF":  # 16 bits or more, often not all in use; convert() would clip them
@@ -876,21 +873,21 @@ def open_picture(path):
 
 
 def above_paper(grey):
-    """How far each pixel of [H, W] is from the paper around it: 0 the paper, 1 black; of light ink, white."""
+    """How much darker each pixel [H, W] is than the paper around it, 0 to 1; lighter, if the ink is light."""
     width = min(grey.shape) * 6 // 100 + 1
     border = np.ones(grey.shape, bool)
     border[width:-width, width:-width] = False
-    # ink differs most from its surroundings, whatever the light; the margin is for cropped pictures
+    # ink deviates most: a positive skew means light ink; the margin is for cropped pictures
     padded = np.pad(grey, 16, constant_values=np.median(grey[border]))
     if ((padded - ndimage.uniform_filter(padded, 101)) ** 3).sum() > 0:
         grey = 255 - grey  # light ink
-    grey = ndimage.gaussian_filter(grey, 1)  # the sensor's noise
+    grey = ndimage.gaussian_filter(grey, 1)  # less sensor noise
     paper = ndimage.grey_closing(grey, 61)  # wider than any stroke: what is left is paper, with its shadows
     return 1 - grey / paper.clip(1)
 
 
 def otsu(values):
-    """The threshold between the two classes whose means differ most for their sizes (Otsu 1979)."""
+    """The threshold that maximises the variance between the two classes (Otsu 1979)."""
     counts, edges = np.histogram(values, 256)
     n, total = counts.cumsum(), (counts * edges[1:]).cumsum()
     between = (total[-1] * n - total * n[-1]) ** 2 / (n * (n[-1] - n)).clip(1)
@@ -898,7 +895,7 @@ def otsu(values):
 
 
 def choose_parts(mask):
-    """Of the connected parts of a mask [H, W], those of the character: a mask; a warning or None."""
+    """(Mask of the connected parts of a mask [H, W] that form the character, a warning or None)."""
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
     boxes = ndimage.find_objects(labels)
     top, left, bottom, right = np.array([(y.start, x.start, y.stop, x.stop) for y, x in boxes]).T
@@ -907,8 +904,8 @@ def choose_parts(mask):
     # table, ruled line and punched hole reach the edge of the picture
     wanted = (top > 0) & (left > 0) & (bottom < mask.shape[0]) & (right < mask.shape[1])
     warning = None
-    if not (wanted & (size > 12)).any():  # the character itself does; a speck may not
-        wanted[:], warning = True, "it reaches the edge of the picture"
+    if not (wanted & (size > 12)).any():  # specks apart, everything touches the edge
+        wanted[:], warning = True, "the character touches the edge"
     main = np.where(wanted, area, 0).argmax()
     frame = (top < top[main]) & (left < left[main]) & (bottom > bottom[main]) & (right > right[main])
     beside = np.maximum(left - right[main], left[main] - right)  # the gap, negative where they overlap
@@ -916,26 +913,26 @@ def choose_parts(mask):
     as_large = (height > 0.5 * height[main]) & (area > 0.25 * area[main])
     other = wanted & ~frame & as_large & (beside > 0.08 * height[main])
     if other.any():
-        warning = "several characters side by side, the largest is read"
+        warning = "several characters side by side; the largest was read"
     near = np.maximum(beside, above) < 0.5 * size[main]  # as the dot of an i
-    wanted &= near & ~frame & ~other & (area > 0.05 * area[main])  # what is smaller is a speck
+    wanted &= near & ~frame & ~other & (area > 0.05 * area[main])  # anything smaller: a speck
     return np.isin(labels, np.flatnonzero(wanted) + 1), warning
 
 
 def find_ink(grey, name):
-    """The character in a picture [H, W], light on dark, in a square grey Image; a warning or None.
+    """(The character in grey [H, W], as a square Image, light on dark; a warning or None).
 
-    Raises InputError with the picture's name where nothing stands out from the paper.
+    Raises InputError, naming the picture, if nothing stands out from the paper.
     """
     dark = above_paper(grey)
     threshold = otsu(dark)
     ink, paper = dark[dark > threshold], dark[dark <= threshold]
     rise = ndimage.morphological_gradient(dark, 9).max()
-    # shading grows slowly towards its darkest, ink at once; noise has no two classes
+    # shading darkens gradually, ink abruptly; noise doesn't split into two classes
     if rise < max(0.1, 0.55 * dark.max()) or ink.mean() - paper.mean() < 3.4 * paper.std():
         raise InputError(f"{name} shows no character: nothing stands out from the paper")
     mask, warning = choose_parts(dark > np.percentile(ink, 90) / 2)  # ruled lines are paler than the ink
-    # the edges stay soft, as the networks know them
+    # keep soft edges, as in the training images
     soft = (dark / np.percentile(dark[mask], 90)).clip(0, 1) * ndimage.binary_dilation(mask, iterations=3)
     rows, columns = ndimage.find_objects((soft > 0.1).astype(int))[0]
     image = Image.fromarray((255 * soft[rows, columns]).astype(np.uint8))
@@ -943,7 +940,7 @@ def find_ink(grey, name):
 
 
 def read_digit(path):
-    """The digit of a picture as MNIST places them: uint8 [28, 28], and a warning or None."""
+    """A picture's digit, placed as in MNIST: uint8 [28, 28], and a warning or None."""
     square, warning = find_ink(open_picture(path), path)
     image = np.pad(np.asarray(square.resize((20, 20), Image.Resampling.BICUBIC), np.float32), 4)
     shift = np.rint(13.5 - np.array(ndimage.center_of_mass(image))).clip(-4, 4).astype(int)
@@ -955,7 +952,7 @@ def load_weights(path, model):
     """A run's best.pt into the model; InputError if it is something else, or damaged."""
     try:
         content = Path(path).read_bytes()
-        if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load does not look at its checksums
+        if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load doesn't verify checksums
             raise ValueError("a checksum does not fit")
         weights = dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
         for name, p in named(model).items():
@@ -986,11 +983,11 @@ def predict(args):
 
 PICTURES = ("samples.png", "curves.png", "filters.png", "confusion.png", "mistakes.png")
 RUN_FILES = {"args.json", "log.csv", "metrics.json", "best.pt", *PICTURES}
-BEFORE = {"code", "commit", ".lock"}  # what a batch job lays there before the run starts, and the lock
+BEFORE = {"code", "commit", ".lock"}  # what a batch job puts there before the run, and the lock
 
 
 def write_file(path, content):
-    """Writes bytes, or anything else as JSON, whole or not at all; InputError if the folder refuses."""
+    """Writes bytes, or other content as JSON, atomically; InputError if that is not possible."""
     if not isinstance(content, bytes):
         content = (json.dumps(content, indent=1) + "\n").encode()
     temporary = path.with_suffix(".tmp")  # renamed when it is complete
@@ -1026,16 +1023,16 @@ def git_commit():
 
 
 def choose_device(name):
-    available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available()}
-    if not available.get(name, torch.backends.mps.is_available()):
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(name, True):
         raise InputError(f"--device {name}: {name} is not available here; use --device auto")
     return DEVICE if name == "auto" else torch.device(name)
 
 
 def seed_everything(seed, deterministic):
-    """For the initial weights; split and order have generators of their own."""
+    """For initial weights; split and order have their own generators."""
     torch.manual_seed(seed)
-    if deterministic:  # CUDA's products are deterministic with this workspace alone
+    if deterministic:  # cuBLAS is deterministic only with this workspace
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
 
@@ -1046,7 +1043,7 @@ def finished(out, arguments):
         names = {path.name for path in out.iterdir() if path.suffix != ".tmp"} if out.exists() else set()
         names -= BEFORE
         before = json.loads((out / "args.json").read_text()) if "args.json" in names else {}
-        if arguments["epochs"] is None:  # the default, which with auto depends on the data set that was there
+        if arguments["epochs"] is None:  # the default; with auto, it depends on which data set was found
             defaults = [n for name, n in EPOCHS.items() if arguments["dataset"] in (name, "auto")]
             there = before.get("epochs")
             arguments = arguments | {"epochs": there if there in defaults else defaults[0]}
@@ -1075,8 +1072,9 @@ def claim_folder(out, arguments):
     except BlockingIOError as e:
         raise InputError(f"another run is writing into {out}") from e
     except OSError as e:  # some network file systems have no locks
-        print(f"warning: {out} can't be locked ({e.strerror}): let no other run use it", flush=True)
-    finished(out, arguments)  # another run may have begun here meanwhile
+        print(f"warning: {out} can't be locked ({e.strerror}): use it for one run only", flush=True)
+    if finished(out, arguments):  # asked again, as another run may have had the lock until now
+        raise InputError(f"another run has just finished in {out}")
     if (out / "args.json").exists():
         print(f"{out} holds an unfinished run: training starts again")
     return lock
@@ -1108,16 +1106,16 @@ def run(args):
         title = f"{dataset}, seed {args.seed}" + (", dry run" if args.dry_run else "")
         save_pictures(out, title, model, train, test, logits, log)
         best, params = next(row for row in reversed(log) if row["best"]), model.parameters()
-        seconds = sum(row["seconds"] for row in log), time.perf_counter() - began
+        train_seconds, total_seconds = sum(row["seconds"] for row in log), time.perf_counter() - began
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         results = dict(dataset=dataset, seed=args.seed, dry_run=args.dry_run, epochs=len(log))
         results |= dict(batch_size=args.batch_size, samples_per_epoch=len(train[0]), command=command)
         results |= dict(device=device_name(device), torch=torch.__version__, git_commit=git_commit())
         results |= dict(trainable_params=sum(p.numel() for p in params), best_epoch=best["epoch"])
-        results |= dict(train_seconds=seconds[0], total_seconds=seconds[1], val_accuracy=best["val_accuracy"])
-        results |= dict(test_accuracy=test_accuracy, test_loss=test_loss)
+        results |= dict(train_seconds=train_seconds, total_seconds=total_seconds)
+        results |= dict(val_accuracy=best["val_accuracy"], test_accuracy=test_accuracy, test_loss=test_loss)
         write_file(out / "metrics.json", results)  # last: without it, a run is unfinished
-    print(f"training {duration(seconds[0])}, in all {duration(seconds[1])}; results in {out}")
+    print(f"training {duration(train_seconds)}, in all {duration(total_seconds)}; results in {out}")
     chosen = f"with the weights of epoch {best['epoch']} (best on validation: {best['val_accuracy']:.2%})"
     print(f"{dry}{dataset} test, once, {chosen}: accuracy {test_accuracy:.2%}, loss {test_loss:.4f}")
     return 0
@@ -1139,19 +1137,19 @@ def parse(argv):
     text = f"passes over the training set (default: {EPOCHS['mnist']} on MNIST, {EPOCHS['digits']} on digits)"
     add("--epochs", type=int, help=text)
     add("--batch-size", type=int, default=64, help="images per step" + default)
-    add("--lr", type=float, default=0.1, help="learning rate, its peak with onecycle" + default)
+    add("--lr", type=float, default=0.1, help="learning rate (onecycle: the peak)" + default)
     add("--momentum", type=float, default=0.9, help="SGD's momentum" + default)
-    text = "onecycle: with weight decay, Nesterov and one-pixel shifts; constant: without" + default
+    text = "onecycle: with weight decay, Nesterov, shifts by up to 1 px; constant: none" + default
     add("--schedule", choices=("onecycle", "constant"), default="onecycle", help=text)
     add(
         "--seed", type=int, default=0, help="seed of the split, the initial weights and the batches" + default
     )
     add = parser.add_argument_group("run").add_argument
-    text = "auto: cuda or else cpu; mps, which has no float64, only by name" + default
+    text = "auto: cuda, else cpu; mps (no float64) only if named" + default
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
     add("--out", metavar="DIR", help="results folder (default: results/cnn-<timestamp>)")
-    add("--deterministic", action="store_true", help="the same bits again, on CUDA too")
-    add("--dry-run", action="store_true", help="one batch through everything")
+    add("--deterministic", action="store_true", help="bit-exact repeats, on CUDA too")
+    add("--dry-run", action="store_true", help="run everything on one batch")
     add = parser.add_argument_group("prediction").add_argument
     text = "pictures or photographs of one digit each, dark on light or light on dark"
     add("--predict", nargs="+", metavar="IMAGE", help=text)
@@ -1162,8 +1160,8 @@ def parse(argv):
 
 
 def check_arguments(parser, args):
-    if [] in vars(args).values():  # argparse reads "--seed=--" as a flag without a value
-        parser.error("a flag has -- as its value")
+    if [] in vars(args).values():  # argparse parses "--seed=--" as having no value
+        parser.error("a flag's value can't be --")
     limits = {"epochs": (1, 2**31), "batch_size": (1, 2**31), "momentum": (0, 1), "seed": (-(2**63), 2**64)}
     limits["lr"] = 1e-38, 1e38  # float32 begins and ends there
     for name, (least, end) in limits.items():
@@ -1199,7 +1197,7 @@ def main(argv=None):
         print("error: out of GPU memory, try a smaller --batch-size", file=sys.stderr)
         return 1
     except OSError as e:
-        # mostly of a print: the reader of a pipe has gone, as `head` does, or a disk is full. Python flushes
+        # mostly from print(): the pipe's reader is gone (`| head`), or a disk is full. Python flushes
         # stdout once more when it exits, and would complain of the same error again
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(e, BrokenPipeError):

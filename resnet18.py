@@ -3,12 +3,12 @@
     python resnet18.py                                  # linear probe and partial unfreezing, compared
     python resnet18.py --regimes full gradual           # any of linear_probe, partial_unfreeze, full, gradual
     python resnet18.py --out DIR                        # the same command resumes where it was killed
-    torchrun --nproc-per-node=4 resnet18.py --out DIR   # several GPUs or processes, the same steps
+    torchrun --nproc-per-node=4 resnet18.py --out DIR   # several processes share each step
     python resnet18.py --compare DIR DIR                # one comparison of several runs
     python resnet18.py --evaluate DIR/partial_unfreeze/best.pt --out DIR2
     python resnet18.py --predict photo.png --checkpoint DIR/partial_unfreeze/best.pt
 
-The last lines of a run (no flags: 12,000 images at 64 px; EMNIST ByClass 116k/16k re-split, approximate
+The last lines of a run (12,000 images at 64 px; EMNIST ByClass 116k/16k re-split, approximate
 ImageNet weights, two cores of an AMD EPYC without bf16, torch 2.14, seed 0, six and a half minutes in all):
 
     partial_unfreeze reaches 83.14% against 75.73% of linear_probe (+7.41 points, macro-F1 +0.0840) for 7.5x
@@ -30,7 +30,7 @@ import signal
 import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a run at once while nothing is there to save
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a run at once while there is nothing to save
 
 import argparse
 import contextlib
@@ -80,25 +80,25 @@ except ImportError:  # Windows
 
 CLASSES = string.digits + string.ascii_uppercase + string.ascii_lowercase  # EMNIST ByClass, label 0 to 61
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the weights were trained on
-# what trains: (how many of the five blocks stem and layer1 to layer4 are frozen, how the names of the trained
-# parameters begin, how many these are without fc's)
+# what trains: (number of frozen blocks, out of stem and layer1 to layer4; name prefixes of the trained
+# parameters; their count, without fc)
 PARTS = {
     "fc": (5, ("fc.",), 0),
     "layer4": (4, ("layer4.", "fc."), 8_393_728),
     "all": (0, ("",), 11_176_512),
 }
-EVAL_BATCH = 256  # outside of training; fixed, as in batches of another size the last bit may differ
-CHUNK = 2048  # images in a file of features: at most so many are computed again after a kill
+EVAL_BATCH = 256  # outside training; fixed, since another batch size may change the last bit
+CHUNK = 2048  # images per feature file: at most this many are recomputed after a kill
 TRAINING = ("features", "cache", "steps")  # the phases counted in train_seconds
 MIN_DELTA = 0.0005  # validation accuracy (0..1) that counts as progress for early stopping
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One fine-tuning: what trains (a key of PARTS) and by which recipe."""
+    """One fine-tuning: what trains (a key of PARTS), and the recipe."""
 
     trains: str
-    lr: float  # the highest
+    lr: float  # the peak
     epochs: int  # at most
     warmup_epochs: float
     batch_size: int  # images per step, over all processes
@@ -106,12 +106,12 @@ class Stage:
     weight_decay: float = 0.01
 
 
-# All use AdamW; report/LOG.md has what else was tried, on validation. The course's recipes are the probe's as
-# it is here and, for partial unfreezing, --lr 0.0005 --epochs 20.
+# All use AdamW; report/LOG.md has what else was tried, on validation. The course's recipes: PROBE as it is
+# here; for partial unfreezing, --lr 0.0005 --epochs 20.
 PROBE = Stage("fc", lr=1e-2, epochs=15, warmup_epochs=0.5, batch_size=256, patience=5)
 PARTIAL = Stage("layer4", lr=1e-3, epochs=8, warmup_epochs=1, batch_size=128, patience=3)
 FULL = Stage("all", lr=1e-3, epochs=8, warmup_epochs=1, batch_size=128, patience=3)
-REGIMES = {  # each stage starts from the best weights of the one before
+REGIMES = {  # each stage starts from the previous one's best weights
     "linear_probe": (PROBE,),
     "partial_unfreeze": (PARTIAL,),
     "full": (FULL,),
@@ -124,7 +124,7 @@ class InputError(ValueError):
 
 
 class DownloadError(InputError):
-    """The network or the server failed to deliver a file."""
+    """A file could not be fetched over the network."""
 
 
 class RunFailed(RuntimeError):
@@ -136,7 +136,7 @@ class Diverged(RunFailed):
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT was obeyed, progress is saved: exit status 75."""
+    """Stopped by SIGTERM or SIGINT, progress saved: exit status 75."""
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -169,7 +169,7 @@ def emnist_files(root):
 
 
 def download_emnist(root):
-    """torchvision's archive, its checksum compared, unpacked beside and moved into place when it is whole."""
+    """Downloads torchvision's archive, checks it, unpacks it aside and moves complete files into place."""
     beside, raw = Path(root) / ".download", Path(root) / "EMNIST" / "raw"
     offline = f"put the four files emnist-byclass-*-ubyte into {raw}, or use --dataset digits"
     with download("EMNIST (536 MB)", torchvision.datasets.EMNIST.url, Path(root), "--data-dir", offline):
@@ -185,7 +185,7 @@ def download_emnist(root):
 
 
 def load_emnist(root):
-    """EMNIST ByClass from `root`, downloaded where it is missing; InputError where a file is damaged."""
+    """EMNIST ByClass from `root`, downloaded if missing; InputError if a file is damaged."""
     files = emnist_files(root)
     if not all(path.exists() for path in files):
         download_emnist(root)
@@ -240,7 +240,7 @@ def split(n, limit, seed):
     chosen = torch.randperm(n, generator=rng(seed, "limit"))[:limit] if limit else torch.arange(n)
     chosen = chosen[torch.randperm(len(chosen), generator=rng(seed, "split"))]
     cut = len(chosen) * 9 // 10
-    # in the files' order again: every epoch has an order of its own
+    # back to file order; each epoch shuffles anyway
     return chosen[:cut].sort().values, chosen[cut:].sort().values
 
 
@@ -262,7 +262,7 @@ def resize(images, size):
 
 
 def draw_affine(n, generator):
-    """Random maps for affine_grid [n, 2, 3]: within ±10 degrees, ±12 % in size and ±1.4 of the 28 pixels."""
+    """Random maps for affine_grid [n, 2, 3]: within ±10°, ±12 % in size and ±1.4 of the 28 pixels."""
     u = torch.rand(n, 4, generator=generator) * 2 - 1
     angle, scale = u[:, 0] * math.radians(10), 1 + 0.12 * u[:, 1]
     cos, sin, shift = angle.cos() * scale, angle.sin() * scale, u[:, 2:] * 0.1
@@ -270,8 +270,8 @@ def draw_affine(n, generator):
 
 
 def warp(images, theta, size):
-    """Augments and resizes in one interpolation, as a second one would blur; the identity gives resize()."""
-    where = "cpu" if images.device.type == "mps" else images.device  # mps knows no "border" padding
+    """Augments and resizes in one interpolation, as a second would blur; the identity gives resize()."""
+    where = "cpu" if images.device.type == "mps" else images.device  # mps has no "border" padding
     theta = theta.to(where, non_blocking=True)  # otherwise every step would wait for the GPU
     grid = F.affine_grid(theta, (len(images), 1, size, size), align_corners=False)
     grey = images[:, None].to(where).float()
@@ -296,15 +296,16 @@ def load_weights(spec):
     if spec == "imagenet":
         source = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
         path = Path(torch.hub.get_dir(), "checkpoints", Path(source.url).name)
-        name, hint = "ImageNet (IMAGENET1K_V1)", "delete it, and it is downloaded again"
+        name, hint = "ImageNet (IMAGENET1K_V1)", "delete it to download it again"
         if not path.exists():
-            offline = "fetch the file elsewhere and give --weights FILE, or --weights none for random ones"
+            offline = "fetch the file elsewhere and pass --weights FILE, or --weights none for random ones"
             with download("ImageNet weights (45 MB)", source.url, path.parent, "TORCH_HOME", offline):
                 source.get_state_dict(progress=False, check_hash=True)
     try:
         state = {k: v for k, v in read_tensors(path).items() if not k.startswith("fc.")}
-        missing, wrong = torchvision.models.resnet18().load_state_dict(state, strict=False)
-        wrong += [k for k in missing if not k.startswith("fc.") and not k.endswith("num_batches_tracked")]
+        missing, unknown = torchvision.models.resnet18().load_state_dict(state, strict=False)
+        optional = ("fc.weight", "fc.bias", "num_batches_tracked")
+        wrong = unknown + [k for k in missing if not k.endswith(optional)]
         wrong += [k for k, v in state.items() if not torch.isfinite(v).all()]
         if wrong:
             raise ValueError(f"missing, unknown or not finite: {', '.join(wrong[:3])}")
@@ -314,7 +315,7 @@ def load_weights(spec):
 
 
 def build_model(classes, weights, seed):
-    """torchvision's ResNet-18 with a new fc; nothing but the seed decides the random part."""
+    """torchvision's ResNet-18 with a new fc; only the seed decides the random part."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = torchvision.models.resnet18()
@@ -327,12 +328,12 @@ def build_model(classes, weights, seed):
 
 
 def layout(device):
-    """channels_last makes convolutions faster on CPUs and GPUs; mps has wrong BatchNorm gradients in it."""
+    """channels_last makes convolutions faster on CPUs and GPUs; on mps, it breaks BatchNorm gradients."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 class Section(nn.Module):
-    """Consecutive blocks of the network, in mixed precision, then pooling and fc where they belong to it."""
+    """Consecutive blocks of the network, in mixed precision, then pooling and fc if they belong to it."""
 
     def __init__(self, blocks, amp, pool=False, fc=None):
         super().__init__()
@@ -355,7 +356,7 @@ def split_at(model, trains, amp):
     cut, _, count = PARTS[trains]
     stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
     blocks = [stem, model.layer1, model.layer2, model.layer3, model.layer4]
-    # average pooling belongs to whichever has the last block: a probe's features are 512 numbers
+    # pooling goes with the last block, frozen or not: a probe's features are then 512 numbers
     frozen = Section(blocks[:cut], amp, pool=cut == len(blocks))
     head = Section(blocks[cut:], amp, pool=cut < len(blocks), fc=model.fc)
     model.requires_grad_(True)  # an earlier stage may have frozen more
@@ -366,7 +367,7 @@ def split_at(model, trains, amp):
 
 
 def read_best(path):
-    """(model in evaluation mode, on the CPU; all that best.pt holds); InputError as load_model's."""
+    """(model in evaluation mode, on the CPU; best.pt's content); raises as load_model does."""
     try:
         best = read_tensors(path)
         best["image_size"] = int(best["image_size"])
@@ -376,7 +377,7 @@ def read_best(path):
             raise ValueError("a weight is not finite")
         return model.eval(), best
     except Exception as e:  # unpickling fails in many ways
-        raise InputError(f"{path} is not a best.pt of this script, or damaged ({one_line(e)})") from e
+        raise InputError(f"{path} is damaged or not this script's best.pt ({one_line(e)})") from e
 
 
 def load_model(path):
@@ -395,17 +396,17 @@ def load_model(path):
 def in_batches(run, forward, shape, what, poll, start=0, total=None, dtype=torch.float32):
     """forward(indices) of the images start, start + 1, ... as one tensor of the given shape.
 
-    The processes take batches in turn, and all get all rows.
+    Processes take batches in turn; each gets all rows.
     """
     memory = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     rows = torch.empty(shape, dtype=dtype, device=run.device, memory_format=memory).zero_()
     began, stop = time.monotonic(), start + shape[0]
     for first in range(start, stop, EVAL_BATCH * run.world):
-        mine = min(first + run.rank * EVAL_BATCH, stop)
-        index = torch.arange(mine, min(mine + EVAL_BATCH, stop), device=run.device)
+        at = min(first + run.rank * EVAL_BATCH, stop)  # this process's batch
+        index = torch.arange(at, min(at + EVAL_BATCH, stop), device=run.device)
         if len(index):
-            # a slice: with --deterministic, CUDA would copy all of `rows` to write into it by an index
-            rows[mine - start : mine - start + len(index)] = forward(index)
+            # a slice: with --deterministic, writing by index would make CUDA copy all of `rows`
+            rows[at - start : at - start + len(index)] = forward(index)
         poll()
         run.pulse(pace, what, min(first + EVAL_BATCH * run.world, stop), total or stop, began, start)
     if run.world > 1:
@@ -414,9 +415,9 @@ def in_batches(run, forward, shape, what, poll, start=0, total=None, dtype=torch
 
 
 def features(run, name, images, forward):
-    """(forward(indices) [n, 512] of a whole set, the [wall, CPU] seconds that it took).
+    """(forward(indices) of a whole set, [n, 512]; the [wall, CPU] seconds it took).
 
-    Kept in OUT/features, CHUNK images a file: a kill loses one file, and a later regime reads them all.
+    Kept in OUT/features, CHUNK images a file: a kill loses at most one; later regimes reuse them.
     """
     rows = torch.empty(len(images), 512, device=run.device)  # torch.cat would need 1.4 GB twice
     folder, spent = run.out / "features", torch.zeros(2, dtype=torch.float64)
@@ -444,7 +445,7 @@ def layer3_shape(count, size):
 
 
 def cache_fits(run, count, size):
-    """(Whether layer3's output of `count` images may be kept in memory, its bytes, the bytes allowed)."""
+    """(Whether layer3's output of `count` images fits in memory, its bytes, the bytes allowed)."""
     settings = run.settings
     need = math.prod(layer3_shape(count, size)) * AMP_TYPES[settings.amp].itemsize
     limit = 0.7 * free_bytes(run.device) if settings.cache_gb is None else settings.cache_gb * 1e9
@@ -454,14 +455,14 @@ def cache_fits(run, count, size):
 class Inputs:
     """The head's inputs: outputs of the frozen layers.
 
-    Sets that compute() has kept are looked up; for any other every call runs the frozen layers.
+    Sets kept by compute() are looked up; for any other set, each call runs the frozen layers.
     """
 
     def __init__(self, run, data, frozen, trains):
         self.run, self.data, self.frozen, self.trains = run, data, frozen, trains
         self.kept = {}  # name of a set -> the frozen layers' output for all of it
-        # whether layer3's output is kept; None: not decided yet. last.pt has it, because kept and recomputed
-        # values may differ in the last bit, and a resumed run must do what it did before
+        # whether layer3's output is kept; None: undecided. Saved in last.pt, because kept and recomputed
+        # values may differ in the last bit: a resumed run must not switch
         self.in_memory = None
 
     @torch.no_grad()
@@ -470,11 +471,11 @@ class Inputs:
 
     def __call__(self, name, index, theta=None):
         """[N, 512] or [N, C, h, w] for the images `index` of a set."""
-        # a set that is kept is never augmented: theta is None then
+        # a kept set is never augmented, so theta is None
         return self.kept[name][index] if name in self.kept else self.run_frozen(name, index, theta)
 
     def compute(self, timer):
-        """Fills `kept`; augmented training images are new in every epoch, so then validation's alone."""
+        """Fills `kept`; with --augment only for validation, as training images change every epoch."""
         run, names = self.run, ["val"] if self.run.settings.augment else ["train", "val"]
         count = sum(len(self.data.labels[name]) for name in names)
         if self.trains == "fc":
@@ -484,14 +485,14 @@ class Inputs:
                 self.kept[name], cost = features(run, name, self.data.images[name], forward)
                 spent += cost
             timer("features")
-            timer.spent["features"] = spent  # not since this start, but what making the files took
+            timer.spent["features"] = spent  # what making the files took, in any start
             rate = count / spent[0]
             run.say(f"features of {count:,} images: {duration(spent[0])} ({rate:,.0f} images/s)")
         elif self.trains == "layer4" and self.fits(count):
             for name in names:
                 self.kept[name] = self.layer3(name)
             timer("cache")
-            run.say(f"layer3's output kept in memory: {duration(timer.spent['cache'][0])}")
+            run.say(f"layer3's output computed in {duration(timer.spent['cache'][0])}")
 
     def layer3(self, name):
         """layer3's output of a set: [n, 256, h, w]."""
@@ -500,7 +501,7 @@ class Inputs:
         return in_batches(self.run, forward, shape, f"cache, {name}", self.run.poll, dtype=kind)
 
     def fits(self, count):
-        """Decides, once, whether layer3's output is kept in memory, and says so."""
+        """Decides whether layer3's output is kept in memory (a resumed run keeps its choice), and says so."""
         run = self.run
         fits, need, limit = cache_fits(run, count, run.settings.image_size)
         if self.in_memory is None or run.settings.cache_gb is not None or run.world > 1:
@@ -515,14 +516,14 @@ class Inputs:
 
 
 def clock():
-    """[wall, CPU] in seconds."""
+    """[wall, CPU] seconds."""
     return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
 class Timer:
     """timer("steps") adds the [wall, CPU] seconds since its last call to those of the phase "steps".
 
-    The sums are saved in last.pt, so that they cover all starts of a run.
+    The sums are saved in last.pt, so they cover all starts of a run.
     """
 
     def __init__(self, device, spent):
@@ -542,7 +543,7 @@ def synchronize(device):
 
 @dataclass
 class State:
-    """How far a regime has got. With weights, optimizer and scaler it is what last.pt holds."""
+    """How far a regime has got. last.pt adds weights, optimizer, scaler and in_memory."""
 
     sums: torch.Tensor  # [loss, correct images], added up over the current epoch's steps
     best: dict  # the best epoch on validation of all stages so far, with its weights
@@ -571,9 +572,9 @@ class Trainer:
         self.begin(0)
 
     def begin(self, number):
-        """Stage `number`, from the weights that the model has."""
+        """Starts stage `number` from the model's weights."""
         run, stage = self.run, self.stages[number]
-        self.ddp = None  # before the next is made: two wrappers of one parameter would both sum its gradient
+        self.ddp = None  # before the next is made: two wrappers would each reduce a shared gradient
         self.stage, self.steps = stage, math.ceil(self.n / stage.batch_size)
         frozen, self.head = split_at(self.model, stage.trains, run.settings.amp)
         self.inputs = Inputs(run, self.data, frozen, stage.trains)
@@ -582,8 +583,8 @@ class Trainer:
             self.params, lr=stage.lr, weight_decay=stage.weight_decay, fused=run.device.type != "mps"
         )
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.settings.amp == "fp16")
-        # the model has the best weights so far; if no epoch of this stage beats them, it ends with them, so
-        # they are copied again, now with the layers that train from here on
+        # the model has the best weights so far, and ends this stage with them if no epoch beats them: copy
+        # them anew, as this stage trains other layers
         best, sums = self.state.best | {"weights": self.weights()}, torch.zeros(2, device=run.device)
         new = dict(epoch=0, step=0, reference=-1.0, stale=0, done=False)
         self.state = replace(self.state, number=number, best=best, sums=sums, **new)
@@ -601,15 +602,15 @@ class Trainer:
         run, state = self.run, self.state
         # steps of equal size, give or take one image: a small last one would have too much weight
         first, last = self.n * state.step // self.steps, self.n * (state.step + 1) // self.steps
-        index = order[first:last]  # the same images for any number of processes
+        index = order[first:last]  # independent of the number of processes
         mine, theta = index[run.rank :: run.world], None  # this process's share of them
         if run.settings.augment:
             generator = rng(run.settings.seed, "augment", state.number, state.epoch, state.step)
             theta = draw_affine(len(index), generator)[run.rank :: run.world]
         y = self.data.labels["train"][mine]
         logits = (self.ddp or self.head)(self.inputs("train", mine, theta))
-        # this process's part of the step's mean loss; DDP averages the gradients over the processes, so that
-        # the loss times their number gives the gradient of the whole
+        # this process's part of the step's mean loss; DDP averages gradients over the processes, so scale by
+        # their number to get the whole step's gradient
         loss = F.cross_entropy(logits, y, reduction="sum") / len(index)
         self.optimizer.zero_grad()
         self.scaler.scale(loss * run.world).backward()
@@ -624,8 +625,8 @@ class Trainer:
         state.step += 1
 
     def agree(self, sums, share):
-        """Adds up `sums` over the processes. On CPUs, where SyncBatchNorm does not run, it also averages
-        BatchNorm's statistics, weighted by `share`: rank 0 may save after any step."""
+        """Adds up `sums` over the processes. On CPUs, where SyncBatchNorm does not run, also averages
+        BatchNorm's statistics, weighted by `share`, as rank 0 may save after any step."""
         tensors = [sums]
         if self.run.device.type != "cuda":
             # a weighted mean over the processes: each one's share of it first, then the sum
@@ -636,16 +637,17 @@ class Trainer:
             t.copy_(total.view_as(t))
 
     def train(self):
-        """Trains the stage to its last epoch or an early stop; the model then has the best weights."""
+        """Trains the stage to its last epoch or early stop, then restores the best weights."""
         run, state = self.run, self.state
         if state.done:
             return
-        self.save()  # a kill while the inputs are computed must not fall back into the stage before
+        self.save()  # a kill while inputs are computed must not fall back to the previous stage
         if not self.finished():
             self.inputs.compute(self.timer)
             if run.world > 1:
                 self.wrap()
-        self.began, self.first = time.monotonic(), state.epoch * self.steps + state.step  # for eta()
+        # for eta()
+        self.started, self.first_step = time.monotonic(), state.epoch * self.steps + state.step
         try:
             while not self.finished():
                 self.train_epoch()
@@ -653,7 +655,7 @@ class Trainer:
         except Diverged as e:
             if not state.number:
                 raise
-            run.say(f"{e}: this stage ends here, with the best weights so far")
+            run.say(f"{e}: ending this stage with the best weights so far")
             state.step, state.stale = 0, self.stage.patience  # finished() from now on
             state.sums.zero_()
         self.model.load_state_dict(state.best["weights"], strict=False)
@@ -667,7 +669,7 @@ class Trainer:
         run.poll(self.save)
 
     def wrap(self):
-        """torch's DistributedDataParallel around the head, for training steps alone."""
+        """Wraps the head in torch's DistributedDataParallel, for training only."""
         devices = None
         if self.run.device.type == "cuda":
             devices = [self.run.device]
@@ -720,7 +722,7 @@ class Trainer:
             "val_loss": loss,
             "val_accuracy": accuracy,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "seconds": seconds - sum(row["seconds"] for row in state.history),
+            "seconds": seconds - sum(earlier["seconds"] for earlier in state.history),
             "best": int(better),
         }
         state.history.append(row)
@@ -729,21 +731,21 @@ class Trainer:
         self.save()
         if self.run.main:
             self.publish(better)
-        # only now, as an epoch in the log has to be one that a kill can't take back
+        # only now: an epoch that is in the log must survive a kill
         self.run.say(epoch_line(row, self.stage.epochs, 0.0 if self.finished() else self.eta()))
         self.run.poll(self.save)
 
     def eta(self):
         """Seconds until the last epoch, at the rate measured since this start of the run."""
         now = self.state.epoch * self.steps + self.state.step
-        rate = (time.monotonic() - self.began) / max(1, now - self.first)
+        rate = (time.monotonic() - self.started) / max(1, now - self.first_step)
         return rate * (self.stage.epochs * self.steps - now)
 
     def finished(self):
         return self.state.epoch >= self.stage.epochs or self.state.stale >= self.stage.patience
 
     def check_finite(self):
-        """Raises Diverged; once an epoch and before a save, as it waits for a GPU."""
+        """Raises Diverged; per epoch and save only, as it waits for a GPU."""
         if not torch.isfinite(self.state.sums[0]):
             raise Diverged(f"the loss is {float(self.state.sums[0])} in epoch {self.state.epoch + 1}")
 
@@ -753,9 +755,9 @@ class Trainer:
         return {k: v.detach().cpu().clone() for k, v in state.items() if k.startswith(names)}
 
     def save(self):
-        """last.pt, which alone decides where to go on."""
+        """Saves last.pt, the sole basis for resuming."""
         run, state = self.run, self.state
-        # a stop or a checkpoint may come during training or, after the last step, during validation
+        # a stop or checkpoint may come during training or, after the last step, validation
         self.timer("steps" if state.step < self.steps else "validation")
         self.check_finite()  # a state that has diverged never replaces a good one
         state.peak = max(state.peak, peak_bytes(run.device))
@@ -767,7 +769,7 @@ class Trainer:
         run.saved_at = time.monotonic()
 
     def publish(self, better=True):
-        """log.csv and, where there is a better epoch, best.pt: both follow from the state."""
+        """Writes log.csv and, if `better`, best.pt: both derive from the state."""
         state, settings = self.state, self.run.settings
         write_csv(self.folder / "log.csv", state.history)
         if better:
@@ -778,18 +780,18 @@ class Trainer:
         self.timer("checkpoint")
 
     def load(self, last):
-        """Resumes from what last.pt holds; raises an exception if something is missing or does not fit."""
+        """Resumes from last.pt's content; raises if something is missing or does not fit."""
         self.begin(last["number"])
         state, new = State(**{name: last[name] for name in vars(self.state)}), self.state
-        fits = all(type(getattr(state, name)) is type(value) for name, value in vars(new).items())
-        fits = fits and 0 <= state.number and 0 <= state.epoch <= self.stage.epochs
-        fits = fits and 0 <= state.step <= self.steps and state.sums.shape == new.sums.shape
-        fits = fits and len(state.history) >= state.epoch and len(state.stages) >= state.number
-        fits = fits and state.best.keys() == new.best.keys() and last["in_memory"] in (None, True, False)
+        checks = [type(getattr(state, name)) is type(value) for name, value in vars(new).items()]
+        checks += [0 <= state.number, 0 <= state.epoch <= self.stage.epochs, 0 <= state.step <= self.steps]
+        checks += [state.sums.shape == new.sums.shape, state.best.keys() == new.best.keys()]
+        checks += [len(state.history) >= state.epoch, len(state.stages) >= state.number]
+        checks += [last["in_memory"] in (None, True, False)]
         for weights in (last["weights"], state.best["weights"]):
-            fits = fits and weights.keys() == new.best["weights"].keys()
-            fits = fits and all(torch.isfinite(w).all() for w in weights.values())
-        if not fits:
+            checks += [weights.keys() == new.best["weights"].keys()]
+            checks += [torch.isfinite(w).all() for w in weights.values()]
+        if not all(checks):
             raise ValueError("it does not fit this regime")
         state.sums = state.sums.to(self.run.device)
         self.model.load_state_dict(last["weights"], strict=False)
@@ -835,11 +837,11 @@ def resume(run, data, make_model, stages, folder):
             try:
                 trainer.load(last)
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
-                run.say(f"{path} is not of this run or damaged ({one_line(e)}): not used")
+                run.say(f"{path} is damaged or not this run's ({one_line(e)}): not used")
                 continue
             if run.main and path.name != "last.pt":  # a kill or damage left no other
                 os.replace(path, folder / "last.pt")
-                run.say(f"continuing from the checkpoint before: {path}")
+                run.say(f"continuing from the previous one: {path}")
             return trainer, True
     if (folder / "log.csv").exists():
         run.say(f"{folder} has no usable last.pt: starting again from the beginning")
@@ -850,7 +852,7 @@ def resume(run, data, make_model, stages, folder):
 
 
 def log_prior(data):
-    """Logarithm of each class's share of the training set [K]; one is added, so that none is infinite."""
+    """Logarithm of each class's share of the training set [K]; one is added to keep all finite."""
     counts = torch.bincount(data.labels["train"].cpu(), minlength=len(data.classes)).double() + 1
     return (counts / counts.sum()).log()
 
@@ -860,27 +862,27 @@ def accuracy_of(logits, labels):
 
 
 def macro_f1(labels, predicted, k):
-    """scikit-learn's, from the confusion counts: it takes ten milliseconds, too many for tune_tau()."""
+    """As scikit-learn's, which takes 10 ms a call, too slow for tune_tau(); from confusion counts."""
     counts = torch.bincount(labels * k + predicted, minlength=k * k).view(k, k).double()
     both = counts.sum(0) + counts.sum(1)
     return float((2 * counts.diagonal() / both.clamp(min=1))[both > 0].mean())
 
 
 def tune_tau(logits, labels, prior):
-    """The tau in 0, 0.05, ..., 1 whose logits - tau * log prior have the best macro-F1 on validation: that
-    takes back the preference for frequent classes (logit adjustment, Menon et al. 2021, arXiv 2007.07314)."""
+    """The tau in 0, 0.05, ..., 1 with the best macro-F1 of logits - tau * prior on validation (prior: log
+    frequencies): it offsets the bias towards frequent classes (Menon et al. 2021, arXiv 2007.07314)."""
     taus = [t / 20 for t in range(21)]
     return max(taus, key=lambda tau: macro_f1(labels, (logits - tau * prior).argmax(1), len(prior)))
 
 
 def test_metrics(labels, logits, classes):
-    """Figures on the test set by scikit-learn, 0..1."""
+    """Test-set metrics from scikit-learn, 0..1."""
     y, scores = labels.numpy(), logits.numpy()
     predicted, every = scores.argmax(1), np.arange(len(classes))
     precision, recall, f1, _ = metrics.precision_recall_fscore_support(
         y, predicted, average="macro", zero_division=0
     )
-    letter = np.array([ord(name.lower()) for name in classes])  # a letter is right in either case
+    letter = np.array([ord(name.lower()) for name in classes])  # ignores case
     return {
         "test_accuracy": float(metrics.accuracy_score(y, predicted)),
         "test_precision_macro": float(precision),
@@ -906,7 +908,7 @@ def per_class(labels, predicted, confusion, classes):
 def logits_of(run, data, inputs, head, name, poll):
     """Logits of the validation or the test set: [n, K] on the CPU."""
     head.eval()
-    # with its trials of kernels cuDNN may choose others in --evaluate: without them the figures are the same
+    # cuDNN's benchmark might pick other kernels in --evaluate: off, so that the figures agree
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
 
     @torch.no_grad()
@@ -928,14 +930,14 @@ def write_test_files(run, folder, data, logits, title):
         counts = [{"true": c, **dict(zip(classes, row))} for c, row in zip(classes, confusion.tolist())]
         write_csv(folder / "confusion.csv", counts)
         draw_confusion(folder / "confusion.png", confusion, classes, f"{title}, {data.name}, test set")
-    run.poll()  # by all processes together
+    run.poll()  # all processes take part
     if run.main:
         draw_top_confusions(folder / "confusions_top.png", confusion, data, predicted, title)
     run.poll()
 
 
 def about_run(run, data, weights_name):
-    """The keys of metrics.json that say on what and where."""
+    """What metrics.json says of data, weights and machine."""
     return {
         "dataset": data.name,
         "weights": weights_name,
@@ -950,7 +952,7 @@ def about_run(run, data, weights_name):
 
 
 def run_regime(run, name, data, weights, weights_name, todo):
-    """Trains one row of the table, stage by stage, then tests its best weights; returns its metrics."""
+    """Trains a regime, stage by stage, and tests its best weights; returns its metrics."""
     reset_peak(run.device)
     folder, stages = run.out / name, stages_of(name, run.settings)
     if run.main:
@@ -988,7 +990,7 @@ def finish_regime(run, name, data, weights_name, trainer):
     """The test set, once, with the best weights; then tables and pictures; metrics.json comes last."""
     folder, state, timer = trainer.folder, trainer.state, trainer.timer
     timer("checkpoint")
-    state.spent.pop("test", None)  # what an earlier start spent on a test that it did not finish
+    state.spent.pop("test", None)  # time of an earlier start's unfinished test
     logits = logits_of(run, data, trainer.inputs, trainer.head, "test", run.poll)
     timer("test")
     title = name + (" (dry run)" if run.settings.dry_run else "")
@@ -1013,10 +1015,10 @@ def finish_regime(run, name, data, weights_name, trainer):
 
 
 def training_figures(name, trainer):
-    """The keys of metrics.json on the training and its cost."""
+    """metrics.json's keys on training and cost."""
     state, settings, last = trainer.state, trainer.run.settings, trainer.state.stages[-1]
     seconds = {phase: float(wall) for phase, (wall, _) in state.spent.items()}
-    # of this process: far less than cores x train_seconds shows a run that other work disturbed
+    # of this process: if far below cores x train_seconds, other work disturbed the run
     cpu_seconds = sum(float(state.spent[phase][1]) for phase in TRAINING if phase in seconds)
     training = sum(seconds.get(phase, 0.0) for phase in TRAINING)
     samples = sum(s["epochs_run"] * s["samples_per_epoch"] for s in state.stages)
@@ -1059,7 +1061,7 @@ def evaluate(args):
     data = load_digits() if len(classes) == 10 else load_emnist(args.data_dir)
     split_data(data, run.settings)
     data.to(run.device)
-    # nothing trains; "fc" makes the test one pass through all the blocks
+    # nothing trains; with "fc", `frozen` is all of the blocks
     frozen, head = split_at(model.to(run.device, memory_format=layout(run.device)), "fc", amp)
     logits = logits_of(run, data, Inputs(run, data, frozen, "fc"), head, "test", run.poll)
     write_test_files(run, out, data, logits, name)
@@ -1074,7 +1076,7 @@ def evaluate(args):
 
 
 def time_per_image(run, data, model, trains):
-    """About how many seconds an image takes: (frozen layers, a training step of the head)."""
+    """Rough seconds per image: (frozen layers, a training step of the head)."""
     model, size = copy.deepcopy(model), run.settings.image_size  # the run's own weights and statistics stay
     frozen, head = split_at(model, trains, run.settings.amp)
     head.train()
@@ -1096,33 +1098,33 @@ def time_per_image(run, data, model, trains):
 
 
 def estimate(run, stages, costs, sizes, image_size, on_disk, state=None):
-    """About how many seconds a regime takes, or what is left of it after `state`, the test set included;
-    the probe's features of `on_disk` images are there already."""
+    """Rough seconds for a regime, or for what is left of it after `state`, test included; the probe's
+    features of `on_disk` images are there already."""
     (train, val, test), seconds = sizes, 0.0
-    fits = cache_fits(run, train + val, image_size)[0]
+    fits = cache_fits(run, val if run.settings.augment else train + val, image_size)[0]
     for number, stage in enumerate(stages):
         (frozen, step), epochs = costs[stage.trains], stage.epochs
         if state and number <= state.number:
             epochs = 0 if number < state.number or state.done else epochs - state.epoch
         once = stage.trains == "fc" or (stage.trains == "layer4" and fits)
-        passes = min(1, epochs) if once else epochs  # of a set through the frozen layers
+        passes = min(1, epochs) if once else epochs  # through the frozen layers
         seconds += frozen * ((epochs if run.settings.augment else passes) * train + passes * val)
         if stage.trains == "fc":
             seconds -= frozen * passes * on_disk
         seconds += epochs * (step * train + step / 3 * val)  # forward is about a third of a training step
-    return seconds + (frozen + step / 3) * test
+    return seconds + (frozen + step / 3) * test  # the last stage's
 
 
 def plan(run, data, trainer, todo):
-    """Says how long the unfinished regimes take, from a few timed batches; and, without a GPU, how long the
-    whole data set at full size would take."""
+    """Says how long the unfinished regimes will take, from a few timed batches; without a GPU, also how long
+    all images at 224 px would take."""
     settings, run.planned = run.settings, True
     stages = {name: stages_of(name, settings) for name in todo}
     every = sorted({stage.trains for name in todo for stage in stages[name]})
     costs = {trains: time_per_image(run, data, trainer.model, trains) for trains in every}
     sizes, texts = [len(data.labels[name]) for name in ("train", "val", "test")], []
     kept = ["val"] if settings.augment else ["train", "val"]
-    n = sum(len(data.labels[name]) for name in kept)  # images whose features the probe keeps
+    n = sum(len(data.labels[name]) for name in kept)  # images with kept probe features
     on_disk = min(n, CHUNK * len(list((run.out / "features").glob("*.pt"))))
     for name in todo:
         state = trainer.state if name == todo[0] else None
@@ -1137,13 +1139,13 @@ def plan(run, data, trainer, todo):
     if run.main and (fewer or smaller) and not settings.dry_run:
         size = FULL_RUN["image_size"]
         larger = (size / settings.image_size) ** 2
-        costs = {trains: [larger * cost for cost in costs[trains]] for trains in costs}
-        sizes = 0.9 * data.total, 0.1 * data.total, sizes[2]
-        seconds = sum(estimate(run, stages[k], costs, sizes, size, 0) for k in todo)
+        full_costs = {trains: [larger * cost for cost in costs[trains]] for trains in costs}
+        full_sizes = 0.9 * data.total, 0.1 * data.total, sizes[2]
+        seconds = sum(estimate(run, stages[k], full_costs, full_sizes, size, 0) for k in todo)
         images = f"{min(settings.limit or data.total, data.total):,} of {data.total:,} images"
         words = shlex.join([sys.argv[0], *own_words(), "--limit", "0", "--image-size", str(size)])
         banner(
-            f"NO GPU: this run takes {images}, at {settings.image_size} px.\n"
+            f"NO GPU: this run uses {images}, at {settings.image_size} px.\n"
             f"All of them at {size} px would take about {about(seconds)} here: python {words}"
         )
 
@@ -1155,7 +1157,7 @@ NUMBERS = (
     *("image_size", "seed", "processes", "trainable_params", "epochs_run", "samples_per_epoch"),
     *("update_budget", "train_seconds", "total_seconds", "test_accuracy", "test_f1_macro"),
 )
-DIFFERENCES = {  # what may tell two runs of one regime apart, and how a label names it
+DIFFERENCES = {  # how two runs of a regime may differ, and a label's words for it
     "dataset": "{}",
     "weights": "{} weights",
     "image_size": "{} px",
@@ -1171,7 +1173,7 @@ DIFFERENCES = {  # what may tell two runs of one regime apart, and how a label n
 
 
 def checksum(row):
-    """Of a metrics.json or args.json: shows that somebody or something changed it."""
+    """Of a metrics.json or args.json: reveals later changes."""
     rest = {k: v for k, v in row.items() if k != "checksum"}
     return hashlib.sha256(json.dumps(rest).encode()).hexdigest()[:16]
 
@@ -1179,7 +1181,7 @@ def checksum(row):
 def read_metrics(path):
     """A regime's metrics.json; ValueError if it is damaged, changed or lacks what a comparison needs."""
     row = json.loads(path.read_bytes())
-    if not isinstance(row, dict) or row.get("checksum", checksum(row)) != checksum(row):  # older: none
+    if not isinstance(row, dict) or row.get("checksum") not in (None, checksum(row)):  # None: an older run
         raise ValueError("it has been changed since the run wrote it")
     wrong = [k for k in TEXTS if not isinstance(row.get(k), str)]
     wrong += [k for k in NUMBERS if type(row.get(k)) not in (int, float) or not 0 <= row[k] < 1e15]
@@ -1200,8 +1202,10 @@ def label_rows(rows):
 
 
 def trade_off(rows):
-    """One sentence from the numbers: what the most accurate costs more than the cheapest."""
+    """One sentence from the numbers: what the most accurate costs over the cheapest."""
     cheap, best = min(rows, key=lambda r: r["train_seconds"]), max(rows, key=lambda r: r["test_accuracy"])
+    if any(r.get("dry_run") for r in rows):
+        return "DRY RUN, one batch: these numbers say nothing."
     if len(rows) == 1:
         return f"{best['label']} reaches {best['test_accuracy']:.2%}; there is nothing to compare it with."
     if cheap is best:
@@ -1230,8 +1234,8 @@ def write_comparison(folder, rows):
             f"| {duration(r['train_seconds'])} | {duration(r['total_seconds'])}"
         )
     about = dict.fromkeys(f"{r['dataset']}; {r['weights']} weights; {r['image_size']} px" for r in rows)
-    dry = "DRY RUN, one batch: these numbers say nothing. " if any(r.get("dry_run") for r in rows) else ""
-    sentence = dry + trade_off(rows)
+    sentence = trade_off(rows)
+    dry = f"{sentence} " if sentence.startswith("DRY RUN") else ""
     lines = [f"{dry}Test set of {' / '.join(about)}.", "", *(f"| {row} |" for row in table), "", sentence, ""]
     draw_comparison(folder / "comparison.png", rows, dry)
     write_bytes(folder / "comparison.md", "\n".join(lines).encode())
@@ -1245,12 +1249,12 @@ def compare(args):
     for folder in map(Path, args.compare):
         paths = [p for p in (folder / "metrics.json", *sorted(folder.glob("*/metrics.json"))) if p.exists()]
         if not paths:
-            print(f"{folder}: no metrics.json, no regime has finished there; left out", flush=True)
+            print(f"{folder}: no finished regime (metrics.json) there; skipped", flush=True)
         for path in paths:
             try:
                 rows.append(read_metrics(path))
             except (OSError, ValueError) as e:
-                raise InputError(f"--compare: {path} is damaged or not of this script ({one_line(e)})") from e
+                raise InputError(f"--compare: {path} is damaged or not this script's ({one_line(e)})") from e
             if rows[-1].get("dry_run"):
                 raise InputError(f"--compare: {path} comes from a dry run and means nothing")
     if not rows:
@@ -1298,11 +1302,11 @@ def finish_axes(ax, **labels):
 
 
 def draw_samples(path, data):
-    """Training images, upright, with their labels; of EMNIST, first a row as its files hold them."""
+    """Upright training images with labels; for EMNIST, first a row as stored in its files."""
     images, labels, title = data.images["train"][:50], data.labels["train"][:50], "training images and labels"
     if data.name.startswith("EMNIST"):
         images, labels = torch.cat([upright(images[:10]), images]), torch.cat([labels[:10], labels])
-        title += "; top row: as the files hold those of the second row (transposed)"
+        title += "; top row: the second row as the files store it (transposed)"
     rows = math.ceil(len(images) / 10)
     figure, axes = new_figure(10, 1.1 * rows, rows, 10, f"{data.name}: {title}")
     show_images(axes.ravel(), images)
@@ -1331,7 +1335,7 @@ def draw_curves(path, history, title):
 
 
 def draw_confusion(path, confusion, classes, title):
-    """Rows are true classes, normalised; colours follow the square root, so that rare errors are seen."""
+    """Rows are true classes, normalised; a square-root colour scale makes rare errors visible."""
     share, few = confusion / np.maximum(1, confusion.sum(1, keepdims=True)), len(classes) <= 12
     figure, ((ax,),) = new_figure(*((7, 6) if few else (13, 12)))
     picture = ax.imshow(share, cmap="cividis", norm=PowerNorm(0.5, 0, 1))
@@ -1370,7 +1374,7 @@ def draw_top_confusions(path, confusion, data, predicted, title, pairs=12, examp
 
 
 def draw_comparison(path, rows, dry):
-    """Accuracy and macro-F1 against two costs, and how validation went."""
+    """Accuracy and macro-F1 against two costs; validation curves."""
     curves = [[100 * a for a in r.get("val_accuracies", [])] for r in rows]  # an older run has none
     columns, colours = (3 if any(curves) else 2), COLOURS * len(rows)
     figure, axes = new_figure(15, 4.4, 1, columns, dry or None)
@@ -1383,7 +1387,8 @@ def draw_comparison(path, rows, dry):
                 spot = {"xytext": (9, -4), "textcoords": "offset points", "fontsize": 9}
                 ax.annotate(f"{100 * r[key]:.1f}", (r[cost], 100 * r[key]), **spot)
         finish_axes(ax, xlabel=label, ylabel="test set (%): ● accuracy, ▲ macro-F1")
-        least, most = (pick(r[cost] for r in rows) for pick in (min, max))
+        values = [r[cost] for r in rows]
+        least, most = min(values), max(values)
         if most > 20 * least > 0:
             ax.set(xscale="log", xlim=(least / 2, 2 * most))
             ax.xaxis.set_major_formatter("{x:,.0f}")
@@ -1403,9 +1408,9 @@ def draw_comparison(path, rows, dry):
 
 
 def open_picture(path):
-    """Grey float32 [H, W] in 0..255, upright, the longer side 200 px, white behind what is transparent.
+    """Grey float32 [H, W] in 0..255, upright, longer side 200 px, transparency on white.
 
-    Raises InputError for what is no image, a damaged image or one of more than 64 megapixels.
+    Raises InputError if it is not an image, is damaged or has more than 64 megapixels.
     """
     hint, hints = "", {b"%PDF": "a PDF: export the page as PNG; ", b"ftyp": "HEIC: save it as JPEG or PNG; "}
     try:
@@ -1416,7 +1421,7 @@ def open_picture(path):
             picture = Image.open(file)
             w, h = picture.size
             if w * h > 64e6 or max(w, h) > 50 * min(w, h):  # before decoding: 20 KB of PNG may become 4 GB
-                raise InputError(f"{w} x {h} pixels: more than 64 million, or a mere line")
+                raise InputError(f"{w} x {h} pixels: over 64 million, or thinner than 1:50")
             picture.draft("RGB", (200, 200))  # a JPEG is decoded at a half, a quarter or an eighth
             picture = ImageOps.exif_transpose(picture)
             if picture.mode[0] in "IF":  # 16 bits or more, often not all in use; convert() would clip them
@@ -1430,21 +1435,21 @@ def open_picture(path):
 
 
 def above_paper(grey):
-    """How far each pixel of [H, W] is from the paper around it: 0 the paper, 1 black; of light ink, white."""
+    """How much darker each pixel [H, W] is than the paper around it, 0 to 1; lighter, if the ink is light."""
     width = min(grey.shape) * 6 // 100 + 1
     border = np.ones(grey.shape, bool)
     border[width:-width, width:-width] = False
-    # ink differs most from its surroundings, whatever the light; the margin is for cropped pictures
+    # ink deviates most: a positive skew means light ink; the margin is for cropped pictures
     padded = np.pad(grey, 16, constant_values=np.median(grey[border]))
     if ((padded - ndimage.uniform_filter(padded, 101)) ** 3).sum() > 0:
         grey = 255 - grey  # light ink
-    grey = ndimage.gaussian_filter(grey, 1)  # the sensor's noise
+    grey = ndimage.gaussian_filter(grey, 1)  # less sensor noise
     paper = ndimage.grey_closing(grey, 61)  # wider than any stroke: what is left is paper, with its shadows
     return 1 - grey / paper.clip(1)
 
 
 def otsu(values):
-    """The threshold between the two classes whose means differ most for their sizes (Otsu 1979)."""
+    """The threshold that maximises the variance between the two classes (Otsu 1979)."""
     counts, edges = np.histogram(values, 256)
     n, total = counts.cumsum(), (counts * edges[1:]).cumsum()
     between = (total[-1] * n - total * n[-1]) ** 2 / (n * (n[-1] - n)).clip(1)
@@ -1452,7 +1457,7 @@ def otsu(values):
 
 
 def choose_parts(mask):
-    """Of the connected parts of a mask [H, W], those of the character: a mask; a warning or None."""
+    """(Mask of the connected parts of a mask [H, W] that form the character, a warning or None)."""
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
     boxes = ndimage.find_objects(labels)
     top, left, bottom, right = np.array([(y.start, x.start, y.stop, x.stop) for y, x in boxes]).T
@@ -1461,8 +1466,8 @@ def choose_parts(mask):
     # table, ruled line and punched hole reach the edge of the picture
     wanted = (top > 0) & (left > 0) & (bottom < mask.shape[0]) & (right < mask.shape[1])
     warning = None
-    if not (wanted & (size > 12)).any():  # the character itself does; a speck may not
-        wanted[:], warning = True, "it reaches the edge of the picture"
+    if not (wanted & (size > 12)).any():  # specks apart, everything touches the edge
+        wanted[:], warning = True, "the character touches the edge"
     main = np.where(wanted, area, 0).argmax()
     frame = (top < top[main]) & (left < left[main]) & (bottom > bottom[main]) & (right > right[main])
     beside = np.maximum(left - right[main], left[main] - right)  # the gap, negative where they overlap
@@ -1470,26 +1475,26 @@ def choose_parts(mask):
     as_large = (height > 0.5 * height[main]) & (area > 0.25 * area[main])
     other = wanted & ~frame & as_large & (beside > 0.08 * height[main])
     if other.any():
-        warning = "several characters side by side, the largest is read"
+        warning = "several characters side by side; the largest was read"
     near = np.maximum(beside, above) < 0.5 * size[main]  # as the dot of an i
-    wanted &= near & ~frame & ~other & (area > 0.05 * area[main])  # what is smaller is a speck
+    wanted &= near & ~frame & ~other & (area > 0.05 * area[main])  # anything smaller: a speck
     return np.isin(labels, np.flatnonzero(wanted) + 1), warning
 
 
 def find_ink(grey, name):
-    """The character in a picture [H, W], light on dark, in a square grey Image; a warning or None.
+    """(The character in grey [H, W], as a square Image, light on dark; a warning or None).
 
-    Raises InputError with the picture's name where nothing stands out from the paper.
+    Raises InputError, naming the picture, if nothing stands out from the paper.
     """
     dark = above_paper(grey)
     threshold = otsu(dark)
     ink, paper = dark[dark > threshold], dark[dark <= threshold]
     rise = ndimage.morphological_gradient(dark, 9).max()
-    # shading grows slowly towards its darkest, ink at once; noise has no two classes
+    # shading darkens gradually, ink abruptly; noise doesn't split into two classes
     if rise < max(0.1, 0.55 * dark.max()) or ink.mean() - paper.mean() < 3.4 * paper.std():
         raise InputError(f"{name} shows no character: nothing stands out from the paper")
     mask, warning = choose_parts(dark > np.percentile(ink, 90) / 2)  # ruled lines are paler than the ink
-    # the edges stay soft, as the networks know them
+    # keep soft edges, as in the training images
     soft = (dark / np.percentile(dark[mask], 90)).clip(0, 1) * ndimage.binary_dilation(mask, iterations=3)
     rows, columns = ndimage.find_objects((soft > 0.1).astype(int))[0]
     image = Image.fromarray((255 * soft[rows, columns]).astype(np.uint8))
@@ -1497,7 +1502,7 @@ def find_ink(grey, name):
 
 
 def read_character(path):
-    """The character of a picture as EMNIST places them: uint8 [28, 28], and a warning or None."""
+    """A picture's character, placed as in EMNIST: uint8 [28, 28], and a warning or None."""
     square, warning = find_ink(open_picture(path), path)
     image = np.pad(np.asarray(square.resize((24, 24), Image.Resampling.LANCZOS), np.float32), 2)
     return torch.from_numpy(image * (255 / image.max())).round().byte(), warning
@@ -1907,32 +1912,32 @@ def build_parser():
     p = Parser(description="Fine-tunes an ImageNet ResNet-18 on EMNIST ByClass, and compares regimes.")
     count, real = number(int, 1, below=2**31), number(float, 0)
     add = p.add_argument_group("data").add_argument
-    text = "auto: EMNIST, or scikit-learn's digits where it can't be downloaded (default: %(default)s)"
+    text = "auto: EMNIST, or scikit-learn's digits if it can't be downloaded (default: %(default)s)"
     add("--dataset", choices=("auto", "emnist", "digits"), default="auto", help=text)
-    add("--data-dir", default="data", metavar="DIR", help="where EMNIST is or goes to (default: %(default)s)")
-    text = "images to take of the training set, 0: all (default: 0; with EMNIST on a CPU 12000)"
+    add("--data-dir", default="data", metavar="DIR", help="folder that holds EMNIST (default: %(default)s)")
+    text = "training + validation images, 0: all (default: 0; EMNIST on a CPU: 12000)"
     add("--limit", type=number(int, 0), metavar="N", help=text)
-    text = "pixels that images are scaled to (default: 224; with EMNIST on a CPU 64)"
+    text = "side in pixels after resizing (default: 224; EMNIST on a CPU: 64)"
     add("--image-size", type=number(int, 32, below=4096), metavar="S", help=text)
-    add("--augment", action="store_true", help="small rotations, scales and shifts; disables the caches")
+    add("--augment", action="store_true", help="random rotation, scale and shift; training set not cached")
     add = p.add_argument_group("training").add_argument
     text = f"any of {', '.join(REGIMES)} (default: linear_probe partial_unfreeze)"
     add("--regimes", nargs="+", default=["linear_probe", "partial_unfreeze"], metavar="REGIME", help=text)
-    text = "imagenet, none (random) or a file with a state dict (default: %(default)s)"
+    text = "imagenet, none (random) or a state-dict file (default: %(default)s)"
     add("--weights", default="imagenet", help=text)
     for flag, kind, text in (
-        ("--epochs", count, "epochs of every stage, at most"),
+        ("--epochs", count, "maximum epochs per stage"),
         ("--batch-size", count, "images per step, over all processes"),
-        ("--lr", number(float, 0, above=0, below=1e38), "highest learning rate"),  # float32 ends there
+        ("--lr", number(float, 0, above=0, below=1e38), "peak learning rate"),  # float32 ends there
         ("--warmup-epochs", real, "epochs of linear warm-up"),
         ("--patience", count, "epochs without progress before stopping early"),
     ):
         probe, other = (getattr(stage, flag[2:].replace("-", "_")) for stage in (PROBE, PARTIAL))
-        text += f" (default: {probe:g} where fc alone trains, else {other:g})"
+        text += f" (default: {probe:g} if only fc trains, else {other:g})"
         add(flag, type=kind, metavar="X" if kind is real else "N", help=text)
-    text = "mixed precision; auto: bf16 or fp16 where the hardware has it (default: %(default)s)"
+    text = "mixed precision; auto: bf16 or fp16 if the hardware has it (default: %(default)s)"
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help=text)
-    text = "decides everything that is random (default: %(default)s)"
+    text = "seeds all randomness (default: %(default)s)"
     add("--seed", type=number(int, 0, below=2**64), default=0, help=text)
     add_run_flags(p)
     return p
@@ -1940,19 +1945,19 @@ def build_parser():
 
 def add_run_flags(p):
     add = p.add_argument_group("run").add_argument
-    text = "auto: cuda, mps or cpu, the first that is there (default: %(default)s)"
+    text = "auto: the first available of cuda, mps, cpu (default: %(default)s)"
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
-    add("--deterministic", action="store_true", help="the same bits again, on CUDA too; slower")
-    text = "memory for layer3's output, in GB (default: 70%% of what is free)"
+    add("--deterministic", action="store_true", help="bit-exact repeats, on CUDA too; slower")
+    text = "memory in GB for layer3's output (default: 70%% of free memory)"
     add("--cache-gb", type=number(float, 0), metavar="GB", help=text)
-    text = "longest time between two checkpoints (default: %(default)s)"
+    text = "maximum time between checkpoints (default: %(default)s)"
     add("--checkpoint-minutes", type=number(float, 0), default=2.0, metavar="MINUTES", help=text)
     text = "results folder; an existing run is resumed (default: results/resnet18-<timestamp>)"
     add("--out", metavar="DIR", help=text)
     add("--dry-run", action="store_true", help="run one batch through every phase")
     add = p.add_argument_group("instead of training").add_argument
-    add("--compare", nargs="+", metavar="DIR", help="one comparison of several finished runs, in --out")
-    add("--evaluate", metavar="FILE", help="the test set with the weights of a best.pt, in --out")
+    add("--compare", nargs="+", metavar="DIR", help="compare several finished runs; writes to --out")
+    add("--evaluate", metavar="FILE", help="test the weights of a best.pt; writes to --out")
     add("--predict", nargs="+", metavar="IMAGE", help="read pictures or photographs of one character each")
     add("--checkpoint", metavar="FILE", help="best.pt of a run, for --predict")
 
@@ -1961,7 +1966,7 @@ def parse_args(argv):
     p = build_parser()
     args = p.parse_args(argv)
     if [] in vars(args).values():  # argparse reads "--seed=--" as a flag without a value
-        p.error("-- is not a valid value of a flag")
+        p.error("a flag's value can't be --")
     if 0 < (args.limit or 0) < 10:
         p.error(f"--limit {args.limit}: {args.limit} is not at least 10 (0: all)")
     args.regimes = [name for text in args.regimes for name in text.split(",") if name]
@@ -2127,9 +2132,9 @@ def train_all(run, data, weights, weights_name, rows):
     dry = "DRY RUN, one batch: " if settings.dry_run else ""
     run.say(f"{dry}{data.name}: {train} training, {val} validation, {test} test images")
     recipe = f"{settings.image_size} px | {weights_name} weights | amp {settings.amp} | seed {settings.seed}"
-    run.say(f"{recipe} | {device_name(run.device)} | torch {torch.__version__}, processes: {run.world}")
+    run.say(f"{recipe} | {device_name(run.device)} | torch {torch.__version__} | processes: {run.world}")
     if run.world > 1 and run.device.type == "cpu" and run.args.regimes != ["linear_probe"]:
-        run.say("BatchNorm that trains sees each process's share of a step; its statistics are averaged")
+        run.say("each process's BatchNorm sees only its share of a step; its statistics are averaged")
     data.to(run.device)
     for k, name in enumerate(names):
         if rows[k] is None:

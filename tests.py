@@ -549,9 +549,9 @@ class BadLayerInput(Case):
             (lambda: loss(x, torch.tensor([True, False])), "bool", "integer"),
             (lambda: loss(x, torch.tensor([0, 1, 2])), "[3]", "[2]"),
             (lambda: loss(x, torch.tensor([[0], [1]])), "[2, 1]", "[2]"),
-            (lambda: c.Sequential(dense, c.ReLU(), dense)(x), "twice", "layer for each place"),
-            (lambda: c.Sequential(dense, c.Sequential(dense))(x), "twice", "layer for each place"),
-            (lambda: c.Sequential(dense, twin)(x), "twice", "layer for each place"),
+            (lambda: c.Sequential(dense, c.ReLU(), dense)(x), "twice", "layer for each use"),
+            (lambda: c.Sequential(dense, c.Sequential(dense))(x), "twice", "layer for each use"),
+            (lambda: c.Sequential(dense, twin)(x), "twice", "layer for each use"),
             (lambda: c.Sequential([dense, c.ReLU()]), "[<", "not a layer"),
             (lambda: c.Sequential(dense, c.ReLU), "ReLU", "not a layer"),
             (lambda: c.Sequential(torch.nn.ReLU()), "ReLU()", "not a layer"),
@@ -977,6 +977,10 @@ class BadInput(Case):
                 if name == ".lock":
                     c.fcntl.flock(file, c.fcntl.LOCK_EX)
                 self.refused("--dataset", "digits", out=out, says=[out, text])
+        out = Path(tempfile.mkdtemp(dir=self.tmp))  # another run ended here after this one had looked
+        for name in ("args.json", "metrics.json"):
+            c.write_file(out / name, {"epochs": 5})
+        self.assertRaisesRegex(c.InputError, "just finished", c.claim_folder, out, {"epochs": 5})
         self.say(f"a file, a folder below a file, {', '.join(name for name, _ in cases)}")
 
     def test_data_folder(self):
@@ -1739,7 +1743,7 @@ class ResnetTraining(ResnetCase):
             text = quiet(t.train)
             self.assertEqual((t.state.epoch, t.state.stale, t.state.best["epoch"]), (5, 3, 3))
             self.assertTrue(t.summary()["early_stopped"] and same(dict(t.model.state_dict()), weights[2]))
-            for number, epochs, end in ((1, 4, "epoch 3 of stage fc"), (2, 0, "this stage ends here")):
+            for number, epochs, end in ((1, 4, "epoch 3 of stage fc"), (2, 0, "ending this stage")):
                 t.begin(number)
                 if number == 2:
                     t.model.fc.register_forward_hook(lambda module, x, logits: logits * math.nan)
@@ -2018,12 +2022,12 @@ class ResnetRuns(ResnetCase):
         self.assertIn("| gradual (run 2) |", text)
         path.parent.mkdir()
         changed = {"changed since the run wrote it": self.row | {"test_accuracy": 0.99}}
-        for text, content in (changed | {"not of this script": {"dataset": "mnist"}}).items():
+        for text, content in (changed | {"not this script's": {"dataset": "mnist"}}).items():
             path.write_text(json.dumps(content))
             self.refused(text, "--compare", path.parent, "--out", target)
         self.refused("is a run's own folder", "--compare", self.out, "--out", self.out)
         text = self.runs("--compare", self.out, self.data, "--out", target)  # one that has finished
-        self.assertIn(f"{self.data}: no metrics.json", text)
+        self.assertIn(f"{self.data}: no finished regime", text)
         self.say(self.refused("no regime has finished there", "--compare", self.data, "--out", target)[-60:])
 
 
@@ -2474,7 +2478,7 @@ class ResnetDamage(ResnetCase):
         path.parent.mkdir(parents=True)
         path.write_bytes(b"PK" + bytes(9000))
         with mock.patch.dict(os.environ, TORCH_HOME=str(self.tmp)):
-            text = f"{path} .* delete it, and it is downloaded again"
+            text = f"{path} .* delete it to download it again"
             self.assertRaisesRegex(r.InputError, text, r.load_weights, "imagenet")
 
     def test_best_pt(self):
@@ -2490,7 +2494,11 @@ class ResnetDamage(ResnetCase):
         torch.save([1, 2], self.tmp / "list.pt")
         for name in ("nan", "list", "missing"):
             path, flags = self.tmp / f"{name}.pt", ("--data-dir", self.data, "--out", self.tmp / "unused")
-            text = "a weight is not finite" if name == "nan" else f"{path} is not a best.pt of this script"
+            text = (
+                "a weight is not finite"
+                if name == "nan"
+                else f"{path} is damaged or not this script's best.pt"
+            )
             self.refused(text, "--predict", "a.png", "--checkpoint", path)
             self.refused(text, "--evaluate", path, *flags)
 

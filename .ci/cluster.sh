@@ -285,7 +285,7 @@ point_1() { # both files from submission to results
   for a in $cnn $resnet; do
     check "job $a completed" is "$a" COMPLETED
     check "header: start, node, restarts" logged "$a" "^===== job $a starts 2.* restart 0 \| node g2-[ab] ====="
-    for b in 'GPU:      none seen .*1 per node' 'versions: python 3.* torch [0-9].*apptainer' \
+    for b in 'GPU:      none seen; 1 requested per node' 'versions: python 3.* torch [0-9].*apptainer' \
       "code:     commit $(as git rev-parse --short HEAD), up to date"; do
       check "header: $b" logged "$a" "^$b"
     done

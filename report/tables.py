@@ -11,7 +11,6 @@ and note.txt (what a reader must know of these runs). Whatever is missing appear
 import collections
 import csv
 import json
-import math
 import re
 import statistics
 import sys
@@ -104,7 +103,7 @@ def duration(seconds):
 
 def mnist_cells(group):
     """Name -> text of what the tables and the sentences of the report say of a group."""
-    names = {DEFAULT: "default, batch 64", COURSE: "the course's original"}
+    names = {DEFAULT: "default, batch 64", COURSE: "the course's recipe"}
     other = "batch {1}, lr {2}, momentum {3}, {4}, {0} epochs".format(*group["recipe"])
     return {
         "recipe": names.get(group["recipe"], other) + ("" if group["dataset"] == "mnist" else " (DIGITS)"),
@@ -122,8 +121,6 @@ def mnist_cells(group):
 
 def emnist_cells(group):
     epochs = sorted(run["epochs_run"] for run in group.runs)
-    held_out = math.ceil(group["samples_per_epoch"] / 9)  # a tenth
-    right = group.mean("val_accuracy")
     corrected = Group([run | run["prior_corrected"] for run in group.runs])
     return {
         "images": f"{group['samples_per_epoch']:,}",
@@ -140,8 +137,7 @@ def emnist_cells(group):
         "training": duration(group.cost),
         "in all": duration(statistics.median(run["total_seconds"] for run in group.runs)),
         "percent": f"{group.accuracy:.1f}",
-        "held out": f"{held_out:,}",
-        "val error": f"{100 * math.sqrt(right * (1 - right) / held_out):.1f}",
+        "corrected F1": f"{corrected.mean('test_f1_macro'):.3f}",
         "corrected recall": f"{corrected.mean('test_recall_macro'):.3f}",
         "corrected percent": f"{corrected.accuracy:.1f}",
         **{k: group[k] for k in ("dataset", "weights", "device", "amp")},
@@ -393,8 +389,9 @@ def bench_numbers(results):
     text = read_text(results / "bench.txt") + read_text(results / "tests.txt")
     machines = {part: name for name, part in re.findall(r"^(.+, torch \S+), (224 px|float32)", text, re.M)}
     tests = re.search(r"^(\d+) passed, (\d+) failed, (\d+) skipped", text, re.M)
-    reasons = ", ".join(re.findall(r"SKIPPED: (.+) here$", text, re.M))
-    told = "{} tests pass, {} fail, {} are skipped" + (f" ({reasons} here)" if reasons else "")
+    skipped = collections.Counter(re.findall(r"SKIPPED: (.+) here$", text, re.M))
+    reasons = ", ".join(f"{count} × {reason}" for reason, count in skipped.items())
+    told = "{} tests pass, {} fail, {} are skipped" + (f": {reasons}" if reasons else "")
     return {
         "bench": machines | {"precision": " or ".join({name.split(",")[0] for name in rates} - {"float32"})},
         "step": {row[0]: row[4].split("×")[0] for row in step_table(results)[1:]},
@@ -439,7 +436,7 @@ def copy_part(paths, target, box):
             picture.crop(tuple(map(min, box, 2 * picture.size))).save(target)
 
 
-def write_listing(path, source, wanted="", lines=40, width=112):
+def write_listing(path, source, wanted="", lines=50, width=112):
     """The last of a text's lines that match `wanted`, wrapped to the page's width."""
     kept = [line for line in read_text(source).replace("±", "+-").splitlines() if re.match(wanted, line)]
     options = {"subsequent_indent": "    ", "break_on_hyphens": False}
