@@ -1010,7 +1010,8 @@ def device_name(device):
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return f"{name} ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"{name} ({threads} thread)" if threads == 1 else f"{name} ({threads} threads)"
 
 
 def git_commit():

@@ -73,6 +73,7 @@ def read_groups(results):
             "random weights": arguments.get("weights") == "none",
         }
         run["variant"] = ", ".join(name for name, on in switched.items() if on)
+        run["device"] = run["device"].replace("(1 threads)", "(1 thread)")  # an older run's
         run["recipe"] = tuple(arguments.get(k) for k in RECIPE)
         if "regime" in run:
             run["size"] = run["samples_per_epoch"], run["image_size"]
