@@ -1408,7 +1408,7 @@ def draw_comparison(path, rows, dry):
 
 
 def open_picture(path):
-    """Grey float32 [H, W] in 0..255, upright, longer side 200 px, transparency on white.
+    """A grey Image, upright, longer side 200 to 800 px, transparency on white.
 
     Raises InputError if it is not an image, is damaged or has more than 64 megapixels.
     """
@@ -1422,14 +1422,15 @@ def open_picture(path):
             w, h = picture.size
             if w * h > 64e6 or max(w, h) > 50 * min(w, h):  # before decoding: 20 KB of PNG may become 4 GB
                 raise InputError(f"{w} x {h} pixels: over 64 million, or thinner than 1:50")
-            picture.draft("RGB", (200, 200))  # a JPEG is decoded at a half, a quarter or an eighth
+            picture.draft("RGB", (800, 800))  # a JPEG is decoded at a half, a quarter or an eighth
             picture = ImageOps.exif_transpose(picture)
             if picture.mode[0] in "IF":  # 16 bits or more, often not all in use; convert() would clip them
                 deep = np.nan_to_num(np.asarray(picture, np.float32), posinf=0).clip(0)
                 picture = Image.fromarray(deep / max(deep.max(), 1e-9) * 255).convert("L")
-            picture = ImageOps.contain(picture.convert("RGBA"), (200, 200))
+            side = min(max(200, *picture.size), 800)
+            picture = ImageOps.contain(picture.convert("RGBA"), (side, side))
             paper = Image.new("RGBA", picture.size, "white")
-            return np.asarray(Image.alpha_composite(paper, picture).convert("L"), np.float32)
+            return Image.alpha_composite(paper, picture).convert("L")
     except Exception as e:  # Pillow's readers throw whatever a damaged file leads to
         raise InputError(f"{path} can't be read ({hint}{one_line(e, 120)})") from e
 
@@ -1439,8 +1440,10 @@ def above_paper(grey):
     width = min(grey.shape) * 6 // 100 + 1
     border = np.ones(grey.shape, bool)
     border[width:-width, width:-width] = False
-    # ink deviates most: a positive skew means light ink; the margin is for cropped pictures
-    padded = np.pad(grey, 16, constant_values=np.median(grey[border]))
+    # ink deviates most: a positive skew means light ink. The margin is for cropped pictures; its brightness
+    # is halfway from border to picture, as the border may be ink, or a table around the sheet
+    margin = (grey[border].mean() + grey.mean()) / 2
+    padded = np.pad(grey, 16, constant_values=margin)
     if ((padded - ndimage.uniform_filter(padded, 101)) ** 3).sum() > 0:
         grey = 255 - grey  # light ink
     grey = ndimage.gaussian_filter(grey, 1)  # less sensor noise
@@ -1466,37 +1469,42 @@ def choose_parts(mask):
     # table, ruled line and punched hole reach the edge of the picture
     wanted = (top > 0) & (left > 0) & (bottom < mask.shape[0]) & (right < mask.shape[1])
     warning = None
-    if not (wanted & (size > 12)).any():  # specks apart, everything touches the edge
+    if not (wanted & (size > 8)).any():  # specks apart, everything touches the edge
         wanted[:], warning = True, "the character touches the edge"
     main = np.where(wanted, area, 0).argmax()
     frame = (top < top[main]) & (left < left[main]) & (bottom > bottom[main]) & (right > right[main])
     beside = np.maximum(left - right[main], left[main] - right)  # the gap, negative where they overlap
     above = np.maximum(top - bottom[main], top[main] - bottom)
     as_large = (height > 0.5 * height[main]) & (area > 0.25 * area[main])
-    other = wanted & ~frame & as_large & (beside > 0.08 * height[main])
+    other = wanted & ~frame & as_large & (np.maximum(beside, above) > 0.08 * height[main])
     if other.any():
-        warning = "several characters side by side; the largest was read"
+        warning = "several characters; the largest was read"
     near = np.maximum(beside, above) < 0.5 * size[main]  # as the dot of an i
     wanted &= near & ~frame & ~other & (area > 0.05 * area[main])  # anything smaller: a speck
     return np.isin(labels, np.flatnonzero(wanted) + 1), warning
 
 
-def find_ink(grey, name):
-    """(The character in grey [H, W], as a square Image, light on dark; a warning or None).
+def find_ink(picture, name, small=60):
+    """(The character in a grey Image, as a square one, light on dark; a warning or None).
 
     Raises InputError, naming the picture, if nothing stands out from the paper.
     """
-    dark = above_paper(grey)
+    dark = above_paper(np.asarray(ImageOps.contain(picture, (200, 200)), np.float32))
     threshold = otsu(dark)
     ink, paper = dark[dark > threshold], dark[dark <= threshold]
     rise = ndimage.morphological_gradient(dark, 9).max()
     # shading darkens gradually, ink abruptly; noise doesn't split into two classes
     if rise < max(0.1, 0.55 * dark.max()) or ink.mean() - paper.mean() < 3.4 * paper.std():
         raise InputError(f"{name} shows no character: nothing stands out from the paper")
-    mask, warning = choose_parts(dark > np.percentile(ink, 90) / 2)  # ruled lines are paler than the ink
+    mask, warning = choose_parts(dark > np.percentile(ink, 98) / 2)  # lines, shadows and forms are paler
     # keep soft edges, as in the training images
     soft = (dark / np.percentile(dark[mask], 90)).clip(0, 1) * ndimage.binary_dilation(mask, iterations=3)
     rows, columns = ndimage.find_objects((soft > 0.1).astype(int))[0]
+    side = max(rows.stop - rows.start, columns.stop - columns.start)
+    if side < small:  # of the 200 px: once more, closer, with a margin as wide as the character
+        ends = np.array([columns.start - side, rows.start - side, columns.stop + side, rows.stop + side])
+        box = (ends * max(picture.size) / 200).clip(0, 2 * picture.size)  # width, height, width, height
+        return find_ink(picture.crop(tuple(map(int, box))), name, small=0)[0], warning
     image = Image.fromarray((255 * soft[rows, columns]).astype(np.uint8))
     return ImageOps.pad(image, [max(image.size)] * 2), warning
 

@@ -1109,6 +1109,14 @@ KINDS = {  # the reading was tuned with these
         move=lambda p: -58 * p.direction,  # away from it
         finish=lambda p: np.where(p.fall[..., None] > np.quantile(p.fall, 0.82), (105, 75, 55), p.picture),
     ),
+    "sheet on a dark table": dict(
+        scale=7, finish=lambda p: np.where(p.edge[..., None] < 45, (105, 75, 55), p.picture)
+    ),
+    "printed boxes": dict(
+        scale=3,
+        marks=lambda p: (abs(p.rows - 200) < 64) & ((abs(p.rows - 200) > 60) | ((p.columns + 5) % 130 < 3)),
+    ),
+    "small on a large page": dict(size=1600, scale=4),
     "stray dot": dict(marks=stray_dot),
     "coloured paper": dict(paper=(150, 190, 165), ink=(60, 40, 100)),
     "askew": dict(scale=9, turn=10),
@@ -1241,7 +1249,7 @@ class Predict(Case):
         """None for one digit, whatever pieces it is in; one for two of them; an empty page is an error."""
         one, two, rng = 0, 0, np.random.default_rng(0)
         for image, other in zip(self.images[:40].numpy(), self.images[1:].numpy()):
-            pair = np.concatenate([np.pad(image, 2), np.pad(other, 2)], 1)
+            pair = np.concatenate([np.pad(image, 2), np.pad(other, 2)], two % 2)  # one above or beside other
             one += self.saved(paint(coverage(image)))[1] is not None
             two += self.saved(paint(coverage(pair, 6)))[1] is not None
         for kind in ("clean", "uneven light 30 %", "sensor noise", "phone"):
@@ -2597,7 +2605,7 @@ class ResnetPredict(ResnetCase):
         self.assertAlmostEqual(float(columns.float().mean()), 13.5, delta=0.51)
         argv = ("--predict", blank, one, chunk, missing, two, "--checkpoint", self.tmp / "best.pt")
         status, text, err = call_resnet(*argv, "--device", "cpu")
-        low = r"( +. \d+\.\d%){5}  \| warning: (several characters side by side.*; )?low confidence\n"
+        low = r"( +. \d+\.\d%){5}  \| warning: (several characters.*; )?low confidence\n"
         self.assertRegex(text, rf"\A{one}:{low}{two}:{low}\Z")  # the network has random weights
         self.assertEqual((status, text.count("several")), (2, 1))
         says = {blank: "shows no character", chunk: "can't be read", missing: "can't be read"}
