@@ -488,7 +488,7 @@ class Inputs:
             timer.spent["features"] = spent  # what making the files took, in any start
             rate = count / spent[0]
             run.say(f"features of {count:,} images: {duration(spent[0])} ({rate:,.0f} images/s)")
-        elif self.trains == "layer4" and self.fits(count):
+        elif self.trains == "layer4" and self.decide_cache(count):
             for name in names:
                 self.kept[name] = self.layer3(name)
             timer("cache")
@@ -500,7 +500,7 @@ class Inputs:
         shape, kind = layer3_shape(len(self.data.labels[name]), settings.image_size), AMP_TYPES[settings.amp]
         return in_batches(self.run, forward, shape, f"cache, {name}", self.run.poll, dtype=kind)
 
-    def fits(self, count):
+    def decide_cache(self, count):
         """Decides whether layer3's output is kept in memory (a resumed run keeps its choice), and says so."""
         run = self.run
         fits, need, limit = cache_fits(run, count, run.settings.image_size)
@@ -564,7 +564,7 @@ class Trainer:
     """A regime's training, stage by stage: model, optimizer, early stopping, checkpoints."""
 
     def __init__(self, run, data, model, stages, folder):
-        self.run, self.data, self.model, self.stages, self.folder = run, data, model, stages, folder
+        self.run, self.data, self.model, self.recipes, self.folder = run, data, model, stages, folder
         self.n = len(data.labels["train"])
         best = {"accuracy": -1.0, "epoch": 0, "number": 0, "tau": 0.0, "weights": {}}
         self.state = State(torch.zeros(2, device=run.device), best)
@@ -573,7 +573,7 @@ class Trainer:
 
     def begin(self, number):
         """Starts stage `number` from the model's weights."""
-        run, stage = self.run, self.stages[number]
+        run, stage = self.run, self.recipes[number]
         self.ddp = None  # before the next is made: two wrappers would each reduce a shared gradient
         self.stage, self.steps = stage, math.ceil(self.n / stage.batch_size)
         frozen, self.head = split_at(self.model, stage.trains, run.settings.amp)
@@ -586,7 +586,7 @@ class Trainer:
         # the model has the best weights so far, and ends this stage with them if no epoch beats them: copy
         # them anew, as this stage trains other layers
         best, sums = self.state.best | {"weights": self.weights()}, torch.zeros(2, device=run.device)
-        new = dict(epoch=0, step=0, reference=-1.0, stale=0, done=False)
+        new = dict(epoch=0, step=0, reference=-1.0, stale=0, done=False)  # `spent` stays the Timer's
         self.state = replace(self.state, number=number, best=best, sums=sums, **new)
 
     def learning_rate(self):
@@ -629,8 +629,9 @@ class Trainer:
         BatchNorm's statistics, weighted by `share`, as rank 0 may save after any step."""
         tensors = [sums]
         if self.run.device.type != "cuda":
-            # a weighted mean over the processes: each one's share of it first, then the sum
-            tensors += [b.mul_(share) for b in self.head.buffers() if b.is_floating_point()]
+            tensors += [b for b in self.head.buffers() if b.is_floating_point()]
+        for b in tensors[1:]:
+            b.mul_(share)  # a weighted mean over the processes: each one's share of it first, then the sum
         flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat)
         for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
@@ -663,8 +664,8 @@ class Trainer:
         self.save()
         if state.epoch < self.stage.epochs:
             back = f"epoch {state.best['epoch']}"
-            if len(self.stages) > 1:
-                back += f" of stage {self.stages[state.best['number']].trains}"
+            if len(self.recipes) > 1:
+                back += f" of stage {self.recipes[state.best['number']].trains}"
             run.say(f"early stop after epoch {state.epoch}: back to the weights of {back}")
         run.poll(self.save)
 
@@ -1943,7 +1944,7 @@ def build_parser():
     ):
         probe, other = (getattr(stage, flag[2:].replace("-", "_")) for stage in (PROBE, PARTIAL))
         text += f" (default: {probe:g} if only fc trains, else {other:g})"
-        add(flag, type=kind, metavar="X" if kind is real else "N", help=text)
+        add(flag, type=kind, metavar="N" if kind is count else "X", help=text)
     text = "mixed precision; auto: bf16 or fp16 if the hardware has it (default: %(default)s)"
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help=text)
     text = "seeds all randomness (default: %(default)s)"

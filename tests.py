@@ -1795,7 +1795,7 @@ class ResnetTraining(ResnetCase):
         self.assertEqual((list(kept[0]), list(kept[2])), (["train", "val"], []))
         t = self.trainer("partial_unfreeze")
         t.inputs.in_memory, t.run.world = True, 2  # begun by one process, continued by two
-        self.assertIn("recomputed for every batch (several processes)", quiet(t.inputs.fits, 10))
+        self.assertIn("recomputed for every batch (several processes)", quiet(t.inputs.decide_cache, 10))
         self.assertFalse(t.inputs.in_memory)
         self.say("kept with 1 GB, twice the same bits; not kept with 0, nor by several processes")
 
@@ -2421,7 +2421,7 @@ class ResnetDamage(ResnetCase):
             (t.folder / "last.pt.prev").unlink(missing_ok=True)
             torch.save(case, path) if isinstance(case, dict) else path.write_bytes(case)
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                trainer, resumed = r.resume(t.run, t.data, lambda: t.model, t.stages, t.folder)
+                trainer, resumed = r.resume(t.run, t.data, lambda: t.model, t.recipes, t.folder)
             self.assertEqual(out.getvalue().count("not used"), not resumed, out.getvalue())
             quiet(trainer.train) if resumed else None
             ends.append(resumed)
