@@ -16,14 +16,17 @@ ImageNet weights, two cores of an AMD EPYC without bf16, torch 2.14, seed 0, six
 
 From an image's file to the test accuracy (N images of a batch, S --image-size, K classes):
 
-    load_emnist()   uint8 [N, 28, 28]       read from the files, turned upright; stays in memory like this
+    load_emnist()   uint8 [n, 28, 28]       read from the files, turned upright; stays in memory like this
+    split_data()    a tenth of the training set becomes the validation set; then all goes to the device
     prepare()       float [N, 3, S, S]      resized, grey in three channels, normalised as ImageNet's images
     frozen          the layers that don't train: [N, 512] if only fc does, [N, 256, S/16, S/16] if layer4 does
-    Inputs          their output, kept on disk or in memory, or computed anew for every batch
-    head            the layers that train, average pooling, fc: logits float32 [N, K]
+    Inputs          their output, kept in memory (the probe's on disk, too), or computed anew for every batch
+    head            the layers that train, average pooling unless frozen, fc: logits float32 [N, K]
     test_metrics()  accuracy and F1; write_test_files() draws the confusion matrix
 
-Training, validation, test and prediction all call head(inputs). Everything from "plumbing" on can be skipped.
+Training, validation, test and prediction all call head(inputs). Everything from "plumbing" on can be
+skipped, but for load_inputs() and train_all(), which call what stands before. `run` is a Run: settings,
+device, results folder; this process is `rank` of `world`, and `main` if its rank is 0.
 """
 
 import signal
@@ -80,16 +83,8 @@ except ImportError:  # Windows
 
 CLASSES = string.digits + string.ascii_uppercase + string.ascii_lowercase  # EMNIST ByClass, label 0 to 61
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the weights were trained on
-# what trains: (number of frozen blocks, out of stem and layer1 to layer4; name prefixes of the trained
-# parameters; their count, without fc)
-PARTS = {
-    "fc": (5, ("fc.",), 0),
-    "layer4": (4, ("layer4.", "fc."), 8_393_728),
-    "all": (0, ("",), 11_176_512),
-}
 EVAL_BATCH = 256  # outside training; fixed, since another batch size may change the last bit
 CHUNK = 2048  # images per feature file: at most this many are recomputed after a kill
-TRAINING = ("features", "cache", "steps")  # the phases counted in train_seconds
 MIN_DELTA = 0.0005  # validation accuracy (0..1) that counts as progress for early stopping
 
 
@@ -262,7 +257,7 @@ def resize(images, size):
 
 
 def draw_affine(n, generator):
-    """Random maps for affine_grid [n, 2, 3]: within ±10°, ±12 % in size and ±1.4 of the 28 pixels."""
+    """Random maps for affine_grid [n, 2, 3]: within ±10°, a size of 1 / (1 ± 0.12), ±1.4 of 28 pixels."""
     u = torch.rand(n, 4, generator=generator) * 2 - 1
     angle, scale = u[:, 0] * math.radians(10), 1 + 0.12 * u[:, 1]
     cos, sin, shift = angle.cos() * scale, angle.sin() * scale, u[:, 2:] * 0.1
@@ -323,7 +318,7 @@ def build_model(classes, weights, seed):
         model.load_state_dict(weights, strict=False)  # all but fc
     model.fc = nn.Linear(512, classes)
     for p in (model.fc.weight, model.fc.bias):
-        nn.init.uniform_(p, -(512**-0.5), 512**-0.5, generator=rng(seed, "fc", p.dim()))
+        nn.init.uniform_(p, -(512**-0.5), 512**-0.5, generator=rng(seed, "fc", p.dim()))  # dim: both differ
     return model.to(memory_format=torch.channels_last)
 
 
@@ -340,7 +335,7 @@ class Section(nn.Module):
         self.blocks, self.amp, self.pool, self.fc = nn.Sequential(*blocks), amp, pool, fc
 
     def forward(self, x):
-        if len(self.blocks):
+        if len(self.blocks):  # none: the frozen part of "all", the head of "fc"
             x = x.contiguous(memory_format=layout(x.device))
             kind = torch.float16 if self.amp == "fp16" else torch.bfloat16
             with torch.autocast(x.device.type, kind, enabled=self.amp != "off"):
@@ -348,6 +343,15 @@ class Section(nn.Module):
         if self.pool:
             x = x.float().mean((2, 3))  # N, 512: in float32, as 16 bits lose digits in a long sum
         return x if self.fc is None else self.fc(x)
+
+
+# what trains: (number of frozen blocks, out of stem and layer1 to layer4; name prefixes of the trained
+# parameters; their count, without fc)
+PARTS = {
+    "fc": (5, ("fc.",), 0),
+    "layer4": (4, ("layer4.", "fc."), 8_393_728),
+    "all": (0, ("",), 11_176_512),
+}
 
 
 def split_at(model, trains, amp):
@@ -367,7 +371,7 @@ def split_at(model, trains, amp):
 
 
 def read_best(path):
-    """(model in evaluation mode, on the CPU; best.pt's content); raises as load_model does."""
+    """(model in evaluation mode, on the CPU; best.pt's content); InputError if it can't be used."""
     try:
         best = read_tensors(path)
         best["image_size"] = int(best["image_size"])
@@ -393,8 +397,34 @@ def load_model(path):
 # ---------------------------------------------------------------------------------------------- frozen layers
 
 
-def in_batches(run, forward, shape, what, poll, start=0, total=None, dtype=torch.float32):
-    """forward(indices) of the images start, start + 1, ... as one tensor of the given shape.
+def clock():
+    """[wall, CPU] seconds."""
+    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
+
+
+class Timer:
+    """timer("steps") adds the [wall, CPU] seconds since its last call to those of the phase "steps".
+
+    The sums are saved in last.pt, so they cover all starts of a run.
+    """
+
+    def __init__(self, device, spent):
+        self.device, self.spent, self.last = device, spent, clock()
+
+    def __call__(self, what):
+        synchronize(self.device)  # else the next phase would be charged for queued work
+        now = clock()
+        self.spent[what] = self.spent.get(what, 0) + now - self.last
+        self.last = now
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()  # torch.cuda, torch.mps
+
+
+def in_batches(run, forward, shape, what, start=0, total=None, dtype=torch.float32, save=lambda: None):
+    """forward(indices), Inputs.run_frozen's or the head's, of images start, start + 1, ...: one tensor.
 
     Processes take batches in turn; each gets all rows.
     """
@@ -407,28 +437,28 @@ def in_batches(run, forward, shape, what, poll, start=0, total=None, dtype=torch
         if len(index):
             # a slice: with --deterministic, writing by index would make CUDA copy all of `rows`
             rows[at - start : at - start + len(index)] = forward(index)
-        poll()
-        run.pulse(pace, what, min(first + EVAL_BATCH * run.world, stop), total or stop, began, start)
+        run.poll(save)
+        run.pulse(pace_line, what, min(first + EVAL_BATCH * run.world, stop), total or stop, began, start)
     if run.world > 1:
         dist.all_reduce(rows)  # a row is zero on all processes but one, so the sum is exact
     return rows
 
 
-def features(run, name, images, forward):
+def features(run, name, n, forward):
     """(forward(indices) of a whole set, [n, 512]; the [wall, CPU] seconds it took).
 
     Kept in OUT/features, CHUNK images a file: a kill loses at most one; later regimes reuse them.
     """
-    rows = torch.empty(len(images), 512, device=run.device)  # torch.cat would need 1.4 GB twice
+    rows = torch.empty(n, 512, device=run.device)  # torch.cat would need up to 1.3 GB twice
     folder, spent = run.out / "features", torch.zeros(2, dtype=torch.float64)
     if run.main:
         folder.mkdir(exist_ok=True)
-    for start in range(0, len(images), CHUNK):
-        path, stop = folder / f"{name}-{start // CHUNK:05d}.pt", min(start + CHUNK, len(images))
+    for start in range(0, n, CHUNK):
+        path, stop = folder / f"{name}-{start // CHUNK:05d}.pt", min(start + CHUNK, n)
         chunk = run.share(try_read(path, ["rows", "spent"]) if run.main and path.exists() else None)
         if chunk is None or chunk["rows"].shape != rows[start:stop].shape:
             began, shape = clock(), (stop - start, 512)
-            part = in_batches(run, forward, shape, f"features, {name}", run.poll, start, len(images))
+            part = in_batches(run, forward, shape, f"features, {name}", start, n)
             chunk = {"rows": part.cpu(), "spent": clock() - began}
             if run.main:
                 save_tensors(path, chunk)
@@ -461,8 +491,8 @@ class Inputs:
     def __init__(self, run, data, frozen, trains):
         self.run, self.data, self.frozen, self.trains = run, data, frozen, trains
         self.kept = {}  # name of a set -> the frozen layers' output for all of it
-        # whether layer3's output is kept; None: undecided. Saved in last.pt, because kept and recomputed
-        # values may differ in the last bit: a resumed run must not switch
+        # whether layer3's output is kept; None: undecided. Saved in last.pt, the checkpoint, because kept and
+        # recomputed values may differ in the last bit: a resumed run must not switch
         self.in_memory = None
 
     @torch.no_grad()
@@ -482,7 +512,7 @@ class Inputs:
             spent = 0
             for name in names:
                 forward = functools.partial(self.run_frozen, name)
-                self.kept[name], cost = features(run, name, self.data.images[name], forward)
+                self.kept[name], cost = features(run, name, len(self.data.labels[name]), forward)
                 spent += cost
             timer("features")
             timer.spent["features"] = spent  # what making the files took, in any start
@@ -498,10 +528,11 @@ class Inputs:
         """layer3's output of a set: [n, 256, h, w]."""
         settings, forward = self.run.settings, functools.partial(self.run_frozen, name)
         shape, kind = layer3_shape(len(self.data.labels[name]), settings.image_size), AMP_TYPES[settings.amp]
-        return in_batches(self.run, forward, shape, f"cache, {name}", self.run.poll, dtype=kind)
+        return in_batches(self.run, forward, shape, f"cache, {name}", dtype=kind)
 
     def decide_cache(self, count):
-        """Decides whether layer3's output is kept in memory (a resumed run keeps its choice), and says so."""
+        """Whether layer3's output is kept in memory; a resumed run keeps its choice, unless --cache-gb or
+        several processes decide. Says so."""
         run = self.run
         fits, need, limit = cache_fits(run, count, run.settings.image_size)
         if self.in_memory is None or run.settings.cache_gb is not None or run.world > 1:
@@ -515,30 +546,40 @@ class Inputs:
 # ---------------------------------------------------------------------------------------------- training
 
 
-def clock():
-    """[wall, CPU] seconds."""
-    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
+def logits_of(run, data, inputs, head, name, save=lambda: None):
+    """Logits of the validation or the test set: [n, K] on the CPU."""
+    head.eval()
+    # cuDNN's benchmark might pick other kernels in --evaluate: off, so that the figures agree
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    shape = len(data.labels[name]), len(data.classes)
+    with torch.no_grad():
+        logits = in_batches(run, lambda index: head(inputs(name, index)), shape, name, save=save).cpu()
+    torch.backends.cudnn.benchmark = benchmark
+    return logits
 
 
-class Timer:
-    """timer("steps") adds the [wall, CPU] seconds since its last call to those of the phase "steps".
-
-    The sums are saved in last.pt, so they cover all starts of a run.
-    """
-
-    def __init__(self, device, spent):
-        self.device, self.spent, self.last = device, spent, clock()
-
-    def __call__(self, what):
-        synchronize(self.device)  # else the next phase would be charged for queued work
-        now = clock()
-        self.spent[what] = self.spent.get(what, 0) + now - self.last
-        self.last = now
+def log_prior(data):
+    """Logarithm of each class's share of the training set [K]; one is added to keep all finite."""
+    counts = torch.bincount(data.labels["train"].cpu(), minlength=len(data.classes)).double() + 1
+    return (counts / counts.sum()).log()
 
 
-def synchronize(device):
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()  # torch.cuda, torch.mps
+def accuracy_of(logits, labels):
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def macro_f1(labels, predicted, k):
+    """As scikit-learn's, which takes 10 ms a call, too slow for tune_tau(); from confusion counts."""
+    counts = torch.bincount(labels * k + predicted, minlength=k * k).view(k, k).double()
+    both = counts.sum(0) + counts.sum(1)
+    return float((2 * counts.diagonal() / both.clamp(min=1))[both > 0].mean())
+
+
+def tune_tau(logits, labels, prior):
+    """The tau in 0, 0.05, ..., 1 with the best macro-F1 of logits - tau * prior on validation (prior: log
+    frequencies): it offsets the bias towards frequent classes (Menon et al. 2021, arXiv 2007.07314)."""
+    taus = [t / 20 for t in range(21)]
+    return max(taus, key=lambda tau: macro_f1(labels, (logits - tau * prior).argmax(1), len(prior)))
 
 
 @dataclass
@@ -574,8 +615,9 @@ class Trainer:
     def begin(self, number):
         """Starts stage `number` from the model's weights."""
         run, stage = self.run, self.recipes[number]
+        # the head's DistributedDataParallel, see wrap()
         self.ddp = None  # before the next is made: two wrappers would each reduce a shared gradient
-        self.stage, self.steps = stage, math.ceil(self.n / stage.batch_size)
+        self.stage, self.steps = stage, math.ceil(self.n / stage.batch_size)  # steps per epoch
         frozen, self.head = split_at(self.model, stage.trains, run.settings.amp)
         self.inputs = Inputs(run, self.data, frozen, stage.trains)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
@@ -627,10 +669,10 @@ class Trainer:
     def agree(self, sums, share):
         """Adds up `sums` over the processes. On CPUs, where SyncBatchNorm does not run, also averages
         BatchNorm's statistics, weighted by `share`, as rank 0 may save after any step."""
-        tensors = [sums]
-        if self.run.device.type != "cuda":
-            tensors += [b for b in self.head.buffers() if b.is_floating_point()]
-        for b in tensors[1:]:
+        on_cpu = self.run.device.type != "cuda"
+        buffers = [b for b in self.head.buffers() if on_cpu and b.is_floating_point()]
+        tensors = [sums, *buffers]
+        for b in buffers:
             b.mul_(share)  # a weighted mean over the processes: each one's share of it first, then the sum
         flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat)
@@ -701,8 +743,7 @@ class Trainer:
     def finish_epoch(self):
         """Validation, early stopping, log line, checkpoint."""
         state, labels = self.state, self.data.labels["val"].cpu()
-        poll = functools.partial(self.run.poll, self.save)
-        logits = logits_of(self.run, self.data, self.inputs, self.head, "val", poll)
+        logits = logits_of(self.run, self.data, self.inputs, self.head, "val", self.save)
         loss, accuracy = float(F.cross_entropy(logits, labels)), accuracy_of(logits, labels)
         if not math.isfinite(loss):
             raise Diverged(f"the validation loss is {loss} after epoch {state.epoch + 1}")
@@ -752,7 +793,7 @@ class Trainer:
 
     def weights(self):
         """A copy of what trains, statistics included; the frozen rest never changes and is not saved."""
-        names, state = PARTS[self.stage.trains][1], self.model.state_dict()
+        (_, names, _), state = PARTS[self.stage.trains], self.model.state_dict()
         return {k: v.detach().cpu().clone() for k, v in state.items() if k.startswith(names)}
 
     def save(self):
@@ -821,16 +862,16 @@ def epoch_line(row, epochs, left):
 
 
 def stages_of(name, settings):
-    """A regime's stages, with what the command line overrides; a dry run takes one step."""
+    """A regime's stages, with what the command line overrides."""
     names = ("lr", "epochs", "warmup_epochs", "batch_size", "patience")
     given = {k: getattr(settings, k) for k in names if getattr(settings, k) is not None}
     if settings.dry_run:
-        given["epochs"] = 1
+        given["epochs"] = 1  # of one step, as split_data() leaves one batch
     return [replace(stage, **given) for stage in REGIMES[name]]
 
 
 def resume(run, data, make_model, stages, folder):
-    """The regime's trainer, continued from last.pt or the one before it, or else a new one."""
+    """(The regime's trainer, from last.pt, the one before it, or new; whether it is continued)."""
     for path in (folder / "last.pt", folder / "last.pt.prev"):
         last = run.share(try_read(path, ["number"]) if run.main and path.exists() else None)
         if last is not None:
@@ -850,30 +891,6 @@ def resume(run, data, make_model, stages, folder):
 
 
 # ------------------------------------------------------------------------------------- regime and test set
-
-
-def log_prior(data):
-    """Logarithm of each class's share of the training set [K]; one is added to keep all finite."""
-    counts = torch.bincount(data.labels["train"].cpu(), minlength=len(data.classes)).double() + 1
-    return (counts / counts.sum()).log()
-
-
-def accuracy_of(logits, labels):
-    return float((logits.argmax(1) == labels).double().mean())
-
-
-def macro_f1(labels, predicted, k):
-    """As scikit-learn's, which takes 10 ms a call, too slow for tune_tau(); from confusion counts."""
-    counts = torch.bincount(labels * k + predicted, minlength=k * k).view(k, k).double()
-    both = counts.sum(0) + counts.sum(1)
-    return float((2 * counts.diagonal() / both.clamp(min=1))[both > 0].mean())
-
-
-def tune_tau(logits, labels, prior):
-    """The tau in 0, 0.05, ..., 1 with the best macro-F1 of logits - tau * prior on validation (prior: log
-    frequencies): it offsets the bias towards frequent classes (Menon et al. 2021, arXiv 2007.07314)."""
-    taus = [t / 20 for t in range(21)]
-    return max(taus, key=lambda tau: macro_f1(labels, (logits - tau * prior).argmax(1), len(prior)))
 
 
 def test_metrics(labels, logits, classes):
@@ -904,22 +921,6 @@ def per_class(labels, predicted, confusion, classes):
         row |= {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
         rows.append(row | {"most_confused_with": classes[errors[k].argmax()] if errors[k].any() else ""})
     return rows
-
-
-def logits_of(run, data, inputs, head, name, poll):
-    """Logits of the validation or the test set: [n, K] on the CPU."""
-    head.eval()
-    # cuDNN's benchmark might pick other kernels in --evaluate: off, so that the figures agree
-    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-
-    @torch.no_grad()
-    def forward(index):
-        return head(inputs(name, index))
-
-    shape = len(data.labels[name]), len(data.classes)
-    logits = in_batches(run, forward, shape, name, poll).cpu()
-    torch.backends.cudnn.benchmark = benchmark
-    return logits
 
 
 def write_test_files(run, folder, data, logits, title):
@@ -983,7 +984,7 @@ def run_regime(run, name, data, weights, weights_name, todo):
         resumed = False
         trainer.train()
         if len(state.stages) == number:
-            state.stages.append(trainer.summary())
+            state.stages.append(trainer.summary())  # unlike `stages`, what came out
     return finish_regime(run, name, data, weights_name, trainer)
 
 
@@ -992,7 +993,7 @@ def finish_regime(run, name, data, weights_name, trainer):
     folder, state, timer = trainer.folder, trainer.state, trainer.timer
     timer("checkpoint")
     state.spent.pop("test", None)  # time of an earlier start's unfinished test
-    logits = logits_of(run, data, trainer.inputs, trainer.head, "test", run.poll)
+    logits = logits_of(run, data, trainer.inputs, trainer.head, "test")
     timer("test")
     title = name + (" (dry run)" if run.settings.dry_run else "")
     if run.main:
@@ -1013,6 +1014,9 @@ def finish_regime(run, name, data, weights_name, trainer):
         f"{duration(row['train_seconds'])}, in all {duration(row['total_seconds'])}"
     )
     return row
+
+
+TRAINING = ("features", "cache", "steps")  # the phases counted in train_seconds
 
 
 def training_figures(name, trainer):
@@ -1064,7 +1068,7 @@ def evaluate(args):
     data.to(run.device)
     # nothing trains; with "fc", `frozen` is all of the blocks
     frozen, head = split_at(model.to(run.device, memory_format=layout(run.device)), "fc", amp)
-    logits = logits_of(run, data, Inputs(run, data, frozen, "fc"), head, "test", run.poll)
+    logits = logits_of(run, data, Inputs(run, data, frozen, "fc"), head, "test")
     write_test_files(run, out, data, logits, name)
     row = test_metrics(data.labels["test"].cpu(), logits, classes)
     write_json(out / "metrics.json", {"checkpoint": args.evaluate, **about_run(run, data, name), **row})
@@ -1306,6 +1310,7 @@ def draw_samples(path, data):
     """Upright training images with labels; for EMNIST, first a row as stored in its files."""
     images, labels, title = data.images["train"][:50], data.labels["train"][:50], "training images and labels"
     if data.name.startswith("EMNIST"):
+        # transposed again, they are as in the files
         images, labels = torch.cat([upright(images[:10]), images]), torch.cat([labels[:10], labels])
         title += "; top row: the second row as the files store it (transposed)"
     rows = math.ceil(len(images) / 10)
@@ -1338,7 +1343,8 @@ def draw_curves(path, history, title):
 def draw_confusion(path, confusion, classes, title):
     """Rows are true classes, normalised; a square-root colour scale makes rare errors visible."""
     share, few = confusion / np.maximum(1, confusion.sum(1, keepdims=True)), len(classes) <= 12
-    figure, ((ax,),) = new_figure(*((7, 6) if few else (13, 12)))
+    figure, axes = new_figure(*((7, 6) if few else (13, 12)))
+    ax = axes[0, 0]
     picture = ax.imshow(share, cmap="cividis", norm=PowerNorm(0.5, 0, 1))
     ax.set_xticks(range(len(classes)), classes, **CLASS_FONT)
     ax.set_yticks(range(len(classes)), classes, **CLASS_FONT)
@@ -1756,7 +1762,7 @@ def about(seconds):
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def pace(what, done, total, began, first=0):
+def pace_line(what, done, total, began, first=0):
     rate = (done - first) / max(1e-9, time.monotonic() - began)
     return f"{what}: {done:,}/{total:,} images | {rate:,.0f} images/s | eta {duration((total - done) / rate)}"
 
@@ -2169,6 +2175,7 @@ def run_training(args):
         rows, sentence = run.from_rank0("finished", lambda: finished_rows(run.out, args.regimes, before))
         if sentence:
             run.say(f"all is done in {run.out}: {sentence}")
+            run.poll()  # wait: this process may run the store, which the others ask once a second
             return 0
         run.say(continue_line(run.out))
         inputs = load_in_turn(run, before)

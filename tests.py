@@ -1931,7 +1931,7 @@ class ResnetPlan(ResnetCase):
         run, lines = r.Run(r.parse_args(["--device", "cpu"])), []
         for silent, run.main in ((15, True), (25, False), (25, True)):
             run.printed_at = time.monotonic() - silent
-            lines.append(quiet(run.pulse, r.pace, "test", 300, 1000, time.monotonic() - 3))
+            lines.append(quiet(run.pulse, r.pace_line, "test", 300, 1000, time.monotonic() - 3))
         self.assertEqual([line.count("\n") for line in lines], [0, 0, 1])
         self.say(lines[-1].strip())
 
@@ -2181,6 +2181,12 @@ def keep_statistics(folder):
     r.Trainer.train_epoch = train_epoch
 
 
+def asks_late():
+    if os.environ["RANK"] == "1":
+        quick = time.sleep
+        time.sleep = lambda seconds: quick(40 * seconds)
+
+
 def fails_on_rank_1(name, error):
     if os.environ["RANK"] == "1":
         setattr(r, name, mock.Mock(side_effect=error))
@@ -2217,6 +2223,7 @@ class ResnetProcesses(ResnetCase):
             self.assertNotIn("Traceback", text)
         run_through(argv, log, world=2)
         self.assertTrue(same(results(self.tmp / "stopped"), whole))
+        run_through(argv, log, asks_late, 2)  # all is done, which rank 1 learns two seconds later
         self.say(f"75 and 75, twice, then identical: {text.strip().splitlines()[-2]}")
 
     def test_errors(self):
