@@ -1,4 +1,4 @@
-"""ResNet-18 fine-tuned on EMNIST ByClass (62 classes): frozen layers run once, killed runs resume.
+"""ResNet-18 fine-tuned on EMNIST ByClass (62 classes): frozen layers are cached, killed runs resume.
 
     python resnet18.py                                  # linear probe and partial unfreezing, compared
     python resnet18.py --regimes full gradual           # any of linear_probe, partial_unfreeze, full, gradual
@@ -17,16 +17,18 @@ ImageNet weights, two cores of an AMD EPYC without bf16, torch 2.14, seed 0, six
 From an image's file to the test accuracy (N images of a batch, S --image-size, K classes):
 
     load_emnist()   uint8 [n, 28, 28]       read from the files, turned upright; stays in memory like this
-    split_data()    a tenth of the training set becomes the validation set; then all goes to the device
+    split_data()    draws --limit images, a tenth of them for validation; then all goes to the device
     prepare()       float [N, 3, S, S]      resized, grey in three channels, normalised as ImageNet's images
     frozen          the layers that don't train: [N, 512] if only fc does, [N, 256, S/16, S/16] if layer4 does
     Inputs          their output, kept in memory (the probe's on disk, too), or computed anew for every batch
     head            the layers that train, average pooling unless frozen, fc: logits float32 [N, K]
     test_metrics()  accuracy and F1; write_test_files() draws the confusion matrix
 
-Training, validation, test and prediction all call head(inputs). Everything from "plumbing" on can be
-skipped, but for load_inputs() and train_all(), which call what stands before. `run` is a Run: settings,
-device, results folder; this process is `rank` of `world`, and `main` if its rank is 0.
+Training, validation, test and prediction all call the head on the frozen layers' output. Everything from
+"plumbing" on can be skipped, but for load_inputs() and train_all(), which call what stands before.
+`run` is a Run: settings, device, results folder; this process is `rank` of `world`, and `main` if its rank
+is 0. run.say() prints, run.pulse() shows progress, run.poll(save) saves when that is due and ends the run
+after a signal, run.share(x) gives rank 0's x to all processes (to one alone: x).
 """
 
 import signal
@@ -83,7 +85,9 @@ except ImportError:  # Windows
 
 CLASSES = string.digits + string.ascii_uppercase + string.ascii_lowercase  # EMNIST ByClass, label 0 to 61
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the weights were trained on
-EVAL_BATCH = 256  # outside training; fixed, since another batch size may change the last bit
+FULL_RUN = {"limit": 0, "image_size": 224}  # as the assignment asks
+CPU_RUN = {"limit": 12_000, "image_size": 64}  # what takes minutes and not hours on two cores
+EVAL_BATCH = 256  # validation and test; fixed, since another batch size may change the last bit
 CHUNK = 2048  # images per feature file: at most this many are recomputed after a kill
 MIN_DELTA = 0.0005  # validation accuracy (0..1) that counts as progress for early stopping
 
@@ -132,6 +136,13 @@ class Diverged(RunFailed):
 
 class Stopped(Exception):
     """Stopped by SIGTERM or SIGINT, progress saved: exit status 75."""
+
+
+def rng(*key):
+    """A generator seeded by its key, such as (seed, "order", stage, epoch): no generator's state has to be
+    saved, as a resumed run draws the same numbers again."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -424,9 +435,9 @@ def synchronize(device):
 
 
 def in_batches(run, forward, shape, what, start=0, total=None, dtype=torch.float32, save=lambda: None):
-    """forward(indices), Inputs.run_frozen's or the head's, of images start, start + 1, ...: one tensor.
-
-    Processes take batches in turn; each gets all rows.
+    """Calls forward(indices) for the images start, start + 1, ... of a set, in batches of EVAL_BATCH, and
+    collects its outputs in one tensor of the given shape. forward is, for example, prepare() and the frozen
+    layers. Processes take batches in turn; each gets all rows.
     """
     memory = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     rows = torch.empty(shape, dtype=dtype, device=run.device, memory_format=memory).zero_()
@@ -456,6 +467,7 @@ def features(run, name, n, forward):
     for start in range(0, n, CHUNK):
         path, stop = folder / f"{name}-{start // CHUNK:05d}.pt", min(start + CHUNK, n)
         chunk = run.share(try_read(path, ["rows", "spent"]) if run.main and path.exists() else None)
+        # None: missing or damaged
         if chunk is None or chunk["rows"].shape != rows[start:stop].shape:
             began, shape = clock(), (stop - start, 512)
             part = in_batches(run, forward, shape, f"features, {name}", start, n)
@@ -625,14 +637,14 @@ class Trainer:
             self.params, lr=stage.lr, weight_decay=stage.weight_decay, fused=run.device.type != "mps"
         )
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.settings.amp == "fp16")
-        # the model has the best weights so far, and ends this stage with them if no epoch beats them: copy
-        # them anew, as this stage trains other layers
-        best, sums = self.state.best | {"weights": self.weights()}, torch.zeros(2, device=run.device)
+        # the model has the best weights so far, or the first ones, and ends this stage with them if no epoch
+        # beats them: copy them anew, as this stage trains other layers
+        best, sums = self.state.best | {"weights": self.trained_weights()}, torch.zeros(2, device=run.device)
         new = dict(epoch=0, step=0, reference=-1.0, stale=0, done=False)  # `spent` stays the Timer's
         self.state = replace(self.state, number=number, best=best, sums=sums, **new)
 
     def learning_rate(self):
-        """1) linear warm-up from zero, 2) half a cosine down to zero."""
+        """1) linear warm-up, 2) half a cosine towards zero."""
         step, warm = self.state.epoch * self.steps + self.state.step, self.stage.warmup_epochs * self.steps
         if step < warm:
             return self.stage.lr * (step + 1) / (warm + 1)
@@ -701,6 +713,7 @@ class Trainer:
             run.say(f"{e}: ending this stage with the best weights so far")
             state.step, state.stale = 0, self.stage.patience  # finished() from now on
             state.sums.zero_()
+        # head and frozen layers are the model's own: all three have the best weights now
         self.model.load_state_dict(state.best["weights"], strict=False)
         state.done = True
         self.save()
@@ -750,7 +763,10 @@ class Trainer:
         better = accuracy > state.best["accuracy"]  # any gain makes this the best epoch ...
         if better:
             state.best = {"accuracy": accuracy, "epoch": state.epoch + 1, "number": state.number}
-            state.best |= {"tau": tune_tau(logits, labels, log_prior(self.data)), "weights": self.weights()}
+            state.best |= {
+                "tau": tune_tau(logits, labels, log_prior(self.data)),
+                "weights": self.trained_weights(),
+            }
         self.timer("validation")
         state.stale += 1
         if accuracy > state.reference + MIN_DELTA:  # ... but only real progress resets the patience
@@ -791,20 +807,20 @@ class Trainer:
         if not torch.isfinite(self.state.sums[0]):
             raise Diverged(f"the loss is {float(self.state.sums[0])} in epoch {self.state.epoch + 1}")
 
-    def weights(self):
-        """A copy of what trains, statistics included; the frozen rest never changes and is not saved."""
+    def trained_weights(self):
+        """A copy of what trains, statistics included; the frozen rest never changes and is not in last.pt."""
         (_, names, _), state = PARTS[self.stage.trains], self.model.state_dict()
         return {k: v.detach().cpu().clone() for k, v in state.items() if k.startswith(names)}
 
     def save(self):
-        """Saves last.pt, the sole basis for resuming."""
+        """Saves last.pt, all of the training's own state."""
         run, state = self.run, self.state
         # a stop or checkpoint may come during training or, after the last step, validation
         self.timer("steps" if state.step < self.steps else "validation")
         self.check_finite()  # a state that has diverged never replaces a good one
         state.peak = max(state.peak, peak_bytes(run.device))
         if run.main:
-            last = vars(state) | {"weights": self.weights(), "optimizer": self.optimizer.state_dict()}
+            last = vars(state) | {"weights": self.trained_weights(), "optimizer": self.optimizer.state_dict()}
             last |= {"scaler": self.scaler.state_dict(), "in_memory": self.inputs.in_memory}
             save_tensors(self.folder / "last.pt", last, keep=True)
         self.timer("checkpoint")
@@ -954,7 +970,8 @@ def about_run(run, data, weights_name):
 
 
 def run_regime(run, name, data, weights, weights_name, todo):
-    """Trains a regime, stage by stage, and tests its best weights; returns its metrics."""
+    """Trains a regime, stage by stage, and tests its best weights; returns its metrics. `todo` has the names
+    of the regimes that are not finished, this one first."""
     reset_peak(run.device)
     folder, stages = run.out / name, stages_of(name, run.settings)
     if run.main:
@@ -966,7 +983,7 @@ def run_regime(run, name, data, weights, weights_name, todo):
 
     trainer, resumed = resume(run, data, make_model, stages, folder)
     if not run.planned:
-        plan(run, data, trainer, todo)
+        plan(run, data, trainer, todo)  # prints an estimate, changes nothing
     for number in range(trainer.state.number, len(stages)):
         if number > trainer.state.number:
             trainer.begin(number)
@@ -1697,13 +1714,6 @@ def git_commit():
     return "unknown"
 
 
-def rng(*key):
-    """A generator seeded by its key, such as (seed, "order", stage, epoch): no generator's state has to be
-    saved, as a resumed run draws the same numbers again."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
 def free_bytes(device):
     """Memory free for a cache: the GPU's, else the machine's or what is left of this job's share of it."""
     if device.type == "cuda":
@@ -2002,8 +2012,6 @@ RESOLVED = {  # in args.json: what `auto` and the defaults came to
     *("dataset", "weights", "amp", "dataset_flag", "weights_flag", "limit", "image_size"),
 }
 BEFORE = {"code", "commit", "resnet18.py"}  # what a batch job may put into OUT before the first start
-FULL_RUN = {"limit": 0, "image_size": 224}  # as the assignment asks
-CPU_RUN = {"limit": 12_000, "image_size": 64}  # what takes minutes and not hours on two cores
 
 
 def open_out(args, stack):
