@@ -173,7 +173,8 @@ container() {
   fetch "$OVERLAY"
   inside=("$engine" -q exec --fakeroot --overlay "$OVERLAY:rw" --bind "${script%/*},${OVERLAY%/*}" "$IMAGE")
   said=$("${inside[@]}" true 2>&1) || case $said in
-    *"in use"*) fail "$OVERLAY is in use by a job or another set-up: try again when that has ended" ;;
+    *"in use"*) fail "$OVERLAY is in use by a job or another set-up: try again when that has ended" \
+      "(a set-up that was killed may leave its mount behind: pkill fuse2fs)" ;;
     *) fail "the container does not start: ${said##*$'\n'}" ;;
   esac
   if [ -z "${PYTHON:-}" ] &&
