@@ -458,7 +458,8 @@ def in_batches(run, forward, shape, what, start=0, total=None, dtype=torch.float
 def features(run, name, n, forward):
     """(forward(indices) of a whole set, [n, 512]; the [wall, CPU] seconds it took).
 
-    Kept in OUT/features, CHUNK images a file: a kill loses at most one; later regimes reuse them.
+    Kept in OUT/features, CHUNK images a file: a kill loses at most one; later regimes reuse them, as every
+    probe starts from the pretrained layers.
     """
     rows = torch.empty(n, 512, device=run.device)  # torch.cat would need up to 1.3 GB twice
     folder, spent = run.out / "features", torch.zeros(2, dtype=torch.float64)
@@ -1010,6 +1011,7 @@ def finish_regime(run, name, data, weights_name, trainer):
     folder, state, timer = trainer.folder, trainer.state, trainer.timer
     timer("checkpoint")
     state.spent.pop("test", None)  # time of an earlier start's unfinished test
+    # "test" is never kept: prepare() and the frozen layers run here
     logits = logits_of(run, data, trainer.inputs, trainer.head, "test")
     timer("test")
     title = name + (" (dry run)" if run.settings.dry_run else "")
@@ -1020,6 +1022,7 @@ def finish_regime(run, name, data, weights_name, trainer):
     if not run.main:
         return None
     row = about_run(run, data, weights_name) | training_figures(name, trainer)
+    # tau was tuned on validation
     labels, corrected = data.labels["test"].cpu(), logits - state.best["tau"] * log_prior(data)
     row |= test_metrics(labels, logits, data.classes)
     row["prior_corrected"] = {"tau": state.best["tau"], **test_metrics(labels, corrected, data.classes)}
