@@ -1260,7 +1260,7 @@ def write_comparison(folder, rows):
         )
     about = dict.fromkeys(f"{r['dataset']}; {r['weights']} weights; {r['image_size']} px" for r in rows)
     sentence = trade_off(rows)
-    dry = f"{sentence} " if sentence.startswith("DRY RUN") else ""
+    dry = f"{sentence} " if any(r.get("dry_run") for r in rows) else ""
     lines = [f"{dry}Test set of {' / '.join(about)}.", "", *(f"| {row} |" for row in table), "", sentence, ""]
     draw_comparison(folder / "comparison.png", rows, dry)
     write_bytes(folder / "comparison.md", "\n".join(lines).encode())
