@@ -495,6 +495,11 @@ def cache_fits(run, count, size):
     return need <= limit and run.world == 1, need, limit  # several processes would each hold all of it
 
 
+def kept_sets(settings):
+    """The sets whose frozen output can be kept: not training's with --augment, as it changes every epoch."""
+    return ("val",) if settings.augment else ("train", "val")
+
+
 class Inputs:
     """The head's inputs: outputs of the frozen layers.
 
@@ -518,8 +523,8 @@ class Inputs:
         return self.kept[name][index] if name in self.kept else self.run_frozen(name, index, theta)
 
     def compute(self, timer):
-        """Fills `kept`; with --augment only for validation, as training images change every epoch."""
-        run, names = self.run, ["val"] if self.run.settings.augment else ["train", "val"]
+        """Fills `kept`."""
+        run, names = self.run, kept_sets(self.run.settings)
         count = sum(len(self.data.labels[name]) for name in names)
         if self.trains == "fc":
             spent = 0
@@ -1125,8 +1130,8 @@ def time_per_image(run, data, model, trains):
 def estimate(run, stages, costs, sizes, image_size, on_disk, state=None):
     """Rough seconds for a regime, or for what is left of it after `state`, test included; the probe's
     features of `on_disk` images are there already."""
-    (train, val, test), seconds = sizes, 0.0
-    fits = cache_fits(run, val if run.settings.augment else train + val, image_size)[0]
+    train, val, seconds = sizes["train"], sizes["val"], 0.0
+    fits = cache_fits(run, sum(sizes[name] for name in kept_sets(run.settings)), image_size)[0]
     for number, stage in enumerate(stages):
         (frozen, step), epochs = costs[stage.trains], stage.epochs
         if state and number <= state.number:
@@ -1137,7 +1142,7 @@ def estimate(run, stages, costs, sizes, image_size, on_disk, state=None):
         if stage.trains == "fc":
             seconds -= frozen * passes * on_disk
         seconds += epochs * (step * train + step / 3 * val)  # forward is about a third of a training step
-    return seconds + (frozen + step / 3) * test  # the last stage's
+    return seconds + (frozen + step / 3) * sizes["test"]  # the last stage's
 
 
 def plan(run, data, trainer, todo):
@@ -1147,9 +1152,8 @@ def plan(run, data, trainer, todo):
     stages = {name: stages_of(name, settings) for name in todo}
     every = sorted({stage.trains for name in todo for stage in stages[name]})
     costs = {trains: time_per_image(run, data, trainer.model, trains) for trains in every}
-    sizes, texts = [len(data.labels[name]) for name in ("train", "val", "test")], []
-    kept = ["val"] if settings.augment else ["train", "val"]
-    n = sum(len(data.labels[name]) for name in kept)  # images with kept probe features
+    sizes, texts = {name: len(labels) for name, labels in data.labels.items()}, []
+    n = sum(sizes[name] for name in kept_sets(settings))  # images with kept probe features
     on_disk = min(n, CHUNK * len(list((run.out / "features").glob("*.pt"))))
     for name in todo:
         state = trainer.state if name == todo[0] else None
@@ -1159,13 +1163,13 @@ def plan(run, data, trainer, todo):
             on_disk = n  # the next regime finds all of them
     trainer.timer("plan")
     run.say(f"plan: {', '.join(texts)} on {device_name(run.device)}; less with early stopping")
-    fewer = run.args.limit is None and sizes[0] + sizes[1] < data.total
+    fewer = run.args.limit is None and sizes["train"] + sizes["val"] < data.total
     smaller = run.args.image_size is None and settings.image_size < FULL_RUN["image_size"]
     if run.main and (fewer or smaller) and not settings.dry_run:
         size = FULL_RUN["image_size"]
         larger = (size / settings.image_size) ** 2
         full_costs = {trains: [larger * cost for cost in costs[trains]] for trains in costs}
-        full_sizes = 0.9 * data.total, 0.1 * data.total, sizes[2]
+        full_sizes = sizes | {"train": 0.9 * data.total, "val": 0.1 * data.total}
         seconds = sum(estimate(run, stages[k], full_costs, full_sizes, size, 0) for k in todo)
         images = f"{min(settings.limit or data.total, data.total):,} of {data.total:,} images"
         words = shlex.join([sys.argv[0], *own_words(), "--limit", "0", "--image-size", str(size)])
