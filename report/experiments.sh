@@ -35,6 +35,11 @@ done
 all=(--regimes linear_probe partial_unfreeze full gradual)
 for seed in {0..2}; do emnist "emnist-12k-64px-seed$seed" --limit 12000 --image-size 64 --seed "$seed" "${all[@]}"; done
 
+# the same without mixed precision
+for seed in {0..2}; do
+  emnist "emnist-12k-64px-float32-seed$seed" --limit 12000 --image-size 64 --seed "$seed" "${all[@]}" --amp off
+done
+
 # the image's size
 emnist emnist-12k-112px --limit 12000 --image-size 112
 emnist emnist-12k-224px --limit 12000 --image-size 224
@@ -42,7 +47,6 @@ emnist emnist-12k-224px --limit 12000 --image-size 224
 # the techniques, one at a time, against emnist-12k-64px-seed0
 partial=(--limit 12000 --image-size 64 --regimes partial_unfreeze)
 emnist emnist-12k-64px-nocache "${partial[@]}" --cache-gb 0
-emnist emnist-12k-64px-float32 "${partial[@]}" --amp off
 emnist emnist-12k-64px-augment "${partial[@]}" --augment
 
 # what the ImageNet weights are worth: all layers from random ones
