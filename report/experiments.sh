@@ -49,8 +49,8 @@ partial=(--limit 12000 --image-size 64 --regimes partial_unfreeze)
 emnist emnist-12k-64px-nocache "${partial[@]}" --cache-gb 0
 emnist emnist-12k-64px-augment "${partial[@]}" --augment
 
-# what the ImageNet weights are worth: all layers from random ones
-WEIGHTS=none emnist emnist-12k-64px-random --limit 12000 --image-size 64 --regimes full
+# what the ImageNet weights are worth: all layers from random ones, against emnist-12k-64px-float32-seed0
+WEIGHTS=none emnist emnist-12k-64px-random --limit 12000 --image-size 64 --regimes full --amp off
 
 # all training images
 emnist emnist-112px --limit 0 --image-size 112

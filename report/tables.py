@@ -69,7 +69,7 @@ def read_groups(results):
         switched = {
             "augmented": arguments.get("augment"),
             "no cache": arguments.get("cache_gb") == 0,
-            "float32": arguments.get("amp") == "off",
+            "float32": arguments.get("amp") == "off" and arguments.get("weights") != "none",
             "random weights": arguments.get("weights") == "none",
         }
         run["variant"] = ", ".join(name for name, on in switched.items() if on)
@@ -77,7 +77,8 @@ def read_groups(results):
         run["recipe"] = tuple(arguments.get(k) for k in RECIPE)
         if "regime" in run:
             run["size"] = run["samples_per_epoch"], run["image_size"]
-            key = 1, run["size"], run["variant"], REGIMES.index(run["regime"]), run["dataset"], run["weights"]
+            key = 1, run["size"], run["variant"], run["device"], run["torch"], REGIMES.index(run["regime"])
+            key += run["dataset"], run["weights"]
         else:
             key = 0, run["recipe"] != DEFAULT, str(run["recipe"]), run["dataset"] != "mnist"
         groups.setdefault(key, []).append(run)
@@ -279,7 +280,7 @@ COMPARED = {  # two groups of scopes_of(): what the first gains on the second
     "no cache": ("no cache/partial_unfreeze", "same/partial_unfreeze"),
     "float32": ("float32/partial_unfreeze", "same/partial_unfreeze"),
     "augmented": ("augmented/partial_unfreeze", "same/partial_unfreeze"),
-    "pretrained": ("same/full", "random weights/full"),
+    "pretrained": ("float32/full", "random weights/full"),
     "more, probe": ("main/linear_probe", "fewer/linear_probe"),
     "more, partial": ("main/partial_unfreeze", "fewer/partial_unfreeze"),
 }
@@ -309,6 +310,8 @@ def scopes_of(groups):
     size, "same/full" and, by its variant, "float32/full". These have the same seeds, so that a difference
     between them does not come from the seed. "best" is main's best on validation.
     """
+    here = usual_machine(groups)
+    groups = sorted(groups, key=lambda group: machine(group) == here)  # the last of a name is taken
     usual = min(group["variant"] for group in groups)  # no variant, unless all runs have one
     sizes = collections.Counter(g["size"] for g in groups if g["variant"] == usual for _ in g.runs)
     main, small = max(sizes), max(sizes, key=sizes.get)
