@@ -10,8 +10,8 @@ The last lines of a run (two cores of an AMD EPYC without AVX-512, torch 2.14, s
     mnist test, once, with the weights of epoch 5 (best on validation: 98.92%): accuracy 99.12%, loss 0.0253
 
 A layer is a constructor, `forward` and `bwd`; bwd(out, x) turns the gradient out.g into x.g, W.g and b.g.
-The comment at the end of a line gives the shape of its result: N batch, C and O channels in and out, H, W
-height and width, kH, kW kernel, s stride, p padding, Ho, Wo output size.
+(Linear calls its weight w.) The comment at the end of a line gives the shape of its result: N batch, C and O
+channels in and out, H, W height and width, kH, kW kernel, s stride, p padding, Ho, Wo output size.
 
 A tensor [N, C, H, W] may have any memory layout. Conv2D leaves its output with the batch innermost, as
 C, H, W, N: a convolution is then one plain matrix product, and every copy moves long contiguous runs.
@@ -71,7 +71,9 @@ class Module:
 
     A gradient lives on its tensor, as its attribute `g`: set out.g, call backward(), read x.g, W.g and b.g.
     Gradients are assigned, not accumulated. Whatever else bwd needs travels on the output, such as out.cols.
-    A layer of your own with parameters returns them in parameters(), or SGD does not see them.
+    A layer of your own with parameters returns them in parameters(), or SGD does not see them; it has no
+    attributes `args`, `out` and `input_grad` of its own. There is no training mode: switch a Dropout or
+    BatchNorm of yours around evaluate(). best.pt holds parameters only, no running statistics.
     Raises RuntimeError for backward() before a forward pass, ValueError for input that does not fit.
     """
 
@@ -87,10 +89,18 @@ class Module:
         return out
 
     @torch.no_grad()
-    def backward(self):
-        if self.args is None:
-            raise RuntimeError(f"{type(self).__name__}.backward(): call the layer first, there is no output")
+    def backward(self, out=None):
+        """Runs bwd() for the last call; `out` may name its output, as a check."""
+        self.check_last(out)
         self.bwd(self.out, *self.args)
+
+    def check_last(self, out):
+        name = f"{type(self).__name__}.backward()"
+        if self.args is None:
+            raise RuntimeError(f"{name}: no output yet; call it first, as layer(x), not as layer.forward(x)")
+        if out is not None and out is not self.out:
+            text = "pass the output itself, neither the loss nor a gradient, or call it again"
+            raise RuntimeError(f"{name}: this is not the output of the last call: {text}")
 
     def parameters(self):
         return []
@@ -102,8 +112,10 @@ def upstream(out):
     if g is None:
         raise RuntimeError(
             "the output's gradient is not set: assign out.g before backward() (CrossEntropy sets it on the "
-            "very tensor that it was called with)"
+            "very tensor that it was called with). build_cnn() runs pooling before ReLU: call the model's "
+            "backward(), not its layers' one by one"
         )
+    check(isinstance(g, torch.Tensor), f"the gradient is a {type(g).__name__}, expected a tensor")
     check(g.shape == out.shape, f"the gradient has shape {list(g.shape)}, the output {list(out.shape)}")
     check(out.is_floating_point(), f"the output is {out.dtype}: only floating-point numbers have gradients")
     return g.detach().to(out.dtype)
@@ -116,23 +128,23 @@ def check(condition, message):
 
 def check_sizes(**sizes):
     for name, n in sizes.items():
-        check(isinstance(n, int) and n >= 1, f"{name} is {n!r}: expected an int, at least 1")
+        fits = isinstance(n, (int, np.integer)) and n >= 1
+        check(fits, f"{name} is {n!r}: expected an int, at least 1")
 
 
 def as_pair(name, value, least=1):
     """An int or a pair of ints, as a pair."""
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    fits = len(pair) == 2 and all(isinstance(n, int) and n >= least for n in pair)
+    fits = len(pair) == 2 and all(isinstance(n, (int, np.integer)) and n >= least for n in pair)
     check(fits, f"{name} is {value!r}: expected an int or a pair of ints, at least {least}")
     return pair
 
 
 def check_input(layer, x, shape, like=None):
     """x must have the shape (None: any size), and the type and device of `like`."""
-    is_tensor = isinstance(x, torch.Tensor)
-    got = list(x.shape) if is_tensor else type(x).__name__
-    fits = is_tensor and x.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, got))
-    check(fits, f"{layer}: the input is {got}, expected {list(shape)} (None: any)")
+    fits = x.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, x.shape))
+    expected = ", ".join("any" if n is None else str(n) for n in shape)
+    check(fits, f"{layer}: the input is {list(x.shape)}, expected [{expected}]")
     if like is not None:
         kinds = [f"{t.dtype} on {t.device}" for t in (x, like)]
         check(kinds[0] == kinds[1], f"{layer}: the input is {kinds[0]}, the parameters are {kinds[1]}")
@@ -159,7 +171,7 @@ def glorot_uniform(shape, fan_in, fan_out, device, dtype):
 class Linear(Module):
     """y = x w + b for x [N, in_features], w [in_features, out_features], b [out_features].
 
-    w is the transpose of torch.nn.Linear's weight.
+    w is the transpose of torch.nn.Linear's weight. There always is a b.
 
     dx = dy wᵀ    dw = xᵀ dy    db = Σ_n dy
     """
@@ -189,9 +201,14 @@ class Conv2D(Module):
     """y[n,o,h,w] = b[o] + Σ_{c,i,j} W[o,c,i,j] · x[n, c, h·s+i-p, w·s+j-p]: cross-correlation, as in torch.
 
     With K = C·kH·kW and L = Ho·Wo·N, im2col makes a matrix [K, L]: its row (c, i, j) holds, for every output
-    pixel of every image, the input pixel that W[:, c, i, j] is multiplied by. A last row of ones adds b.
+    pixel of every image, the input pixel that W[:, c, i, j] is multiplied by. For one 3×3 image, 2×2 kernel:
 
-        y = [W b] · cols    dW = dy · colsᵀ (without the ones)    db = Σ dy    dcols = Wᵀ · dy
+        x = 1 2 3    cols = 1 2 4 5  for W[:, 0, 0, 0]
+            4 5 6           2 3 5 6  for W[:, 0, 0, 1]
+            7 8 9           4 5 7 8  for W[:, 0, 1, 0]
+                            5 6 8 9  for W[:, 0, 1, 1]
+
+        y = W · cols + b    dW = dy · colsᵀ    db = Σ dy    dcols = Wᵀ · dy
 
     col2im turns dcols into dx: the gradient of a pixel is the sum over its copies.
     """
@@ -215,10 +232,11 @@ class Conv2D(Module):
         Ho, Wo = output_size("Conv2D", x, self.kernel, self.stride, self.padding)
         check(self.W.shape[2:] == self.kernel, f"Conv2D: W is {list(self.W.shape)}, the kernel {self.kernel}")
         O, N = len(self.W), len(x)
-        b = self.W.new_zeros(O) if self.b is None else self.b  # no bias: the ones are multiplied by zeros
-        weight = torch.cat((self.W.reshape(O, -1), b[:, None]), 1)  # O, K+1
-        cols = self.im2col(x, Ho, Wo)  # K+1, L
-        out = product(weight, cols).view(O, Ho, Wo, N).permute(3, 0, 1, 2)  # N, O, Ho, Wo
+        cols = self.im2col(x, Ho, Wo)  # K, L
+        y = product(self.W.reshape(O, -1), cols)  # O, L
+        if self.b is not None:
+            y += self.b[:, None]
+        out = y.view(O, Ho, Wo, N).permute(3, 0, 1, 2)  # N, O, Ho, Wo
         out.cols = cols  # dW needs the same matrix: kept, not made again
         return out
 
@@ -228,24 +246,21 @@ class Conv2D(Module):
         g = upstream(out).permute(1, 2, 3, 0).reshape(O, Ho * Wo * N)  # O, L
         if self.b is not None:
             self.b.g = g.sum(1)
-        # [:-1] drops the ones; O, K: (cols · dyᵀ)ᵀ, since dy · colsᵀ is twice as slow on a CPU
-        dW = product(out.cols[:-1], g.t()).t()
+        dW = product(out.cols, g.t()).t()  # O, K: (cols · dyᵀ)ᵀ, as a CPU takes twice as long for dy · colsᵀ
         self.W.g = dW.reshape(self.W.shape).contiguous()
         if self.input_grad:
             dcols = product(self.W.reshape(O, -1).t(), g)  # K, L
             x.g = self.col2im(dcols, x, Ho, Wo)
 
     def im2col(self, x, Ho, Wo):
-        """x [N, C, H, W] -> cols [K+1, L]."""
+        """x [N, C, H, W] -> cols [K, L]."""
         (N, C, _, _), (kH, kW), (sH, sW), (pH, pW) = x.shape, self.kernel, self.stride, self.padding
         # N last: the copy below then moves runs of N numbers, however narrow the images; F.pad counts
         # dimensions from the last: N, W, H
         xp = F.pad(x.permute(1, 2, 3, 0), (0, 0, pW, pW, pH, pH))  # C, H+2p, W+2p, N
         windows = xp.unfold(1, kH, sH).unfold(2, kW, sW)  # C, Ho, Wo, N, kH, kW: a view, nothing is copied
-        cols = x.new_empty(C * kH * kW + 1, Ho * Wo * N)
-        cols[:-1].view(C, kH, kW, Ho, Wo, N).copy_(windows.permute(0, 4, 5, 1, 2, 3))
-        cols[-1] = 1
-        return cols
+        cols = x.new_empty(C, kH, kW, Ho, Wo, N).copy_(windows.permute(0, 4, 5, 1, 2, 3))
+        return cols.view(C * kH * kW, Ho * Wo * N)
 
     def col2im(self, dcols, x, Ho, Wo):
         """dcols [K, L] -> dx [N, C, H, W]; a pixel in several windows has several copies: hence +=."""
@@ -291,7 +306,7 @@ class MaxPool2D(Module):
         check_input("MaxPool2D", x, (None, None, None, None))
         output_size("MaxPool2D", x, self.kernel, self.stride, self.padding)  # only checks that it fits
         (pH, pW), xp = self.padding, x
-        if any(self.padding) or self.kernel == (1, 1):  # a 1×1 pooling must not return x itself
+        if any(self.padding) or self.kernel == (1, 1):  # a 1×1 pooling must not share x's memory
             xp = F.pad(x, (pW, pW, pH, pH), value=-math.inf)  # N, C, H+2p, W+2p
         # about 2k comparisons per k×k window, not k²
         rows = self.pool(xp, 3)  # N, C, H+2p, Wo
@@ -319,8 +334,8 @@ class MaxPool2D(Module):
             larger.append(torch.gt(element, out, out=torch.empty_like(out)))
             out = torch.maximum(out, element)
         p, s = self.padding[dim - 2], self.stride[dim - 2]
-        # element p - start is the first real one of a window that starts in the padding; if it is -inf too, >
-        # misses it and the gradient would go to the padding, so mark it
+        # only for inputs of -inf: element p - start is the first real one of a window that starts in the
+        # padding; if it is -inf too, > misses it and the gradient would go to the padding, so mark it
         for window, start in enumerate(range(0, p, s)[: out.shape[dim]]):
             larger[p - start - 1].select(dim, window).fill_(1)
         out.larger = larger
@@ -366,6 +381,8 @@ class CrossEntropy(Module):
 
     def forward(self, logits, targets):
         check_input("CrossEntropy", logits, (None, None))
+        kind = type(targets).__name__
+        check(isinstance(targets, torch.Tensor), f"CrossEntropy: the targets are a {kind}, expected a tensor")
         check_input("CrossEntropy's targets", targets, (len(logits),))
         kind, classes = targets.dtype, logits.shape[1]
         integer = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
@@ -378,7 +395,7 @@ class CrossEntropy(Module):
         # log softmax ignores shifts of a row; subtracting its maximum keeps exp from overflowing
         log_p = logits - logits.amax(1, keepdim=True)  # N, classes
         log_p -= log_p.exp().sum(1, keepdim=True).log_()
-        loss = log_p.gather(1, targets[:, None]).mean().neg_()
+        loss = log_p[torch.arange(len(logits), device=logits.device), targets].mean().neg_()
         loss.log_p = log_p  # bwd needs softmax, which is its exp
         return loss
 
@@ -387,7 +404,7 @@ class CrossEntropy(Module):
         g = torch.as_tensor(1 if g is None else g, dtype=out.dtype)
         check(g.numel() == 1, "CrossEntropy: loss.g is not one number")
         difference = out.log_p.exp()  # N, classes: softmax, then minus the one-hot targets
-        difference.scatter_add_(1, targets.long()[:, None], difference.new_full((len(logits), 1), -1))
+        difference[torch.arange(len(logits), device=logits.device), targets.long()] -= 1
         logits.g = difference.mul_(g.reshape(()) / max(len(logits), 1))  # / N: loss is a mean; 1 if no rows
 
 
@@ -430,20 +447,17 @@ class Sequential(Module):
 
     @torch.no_grad()
     def backward(self, last_out=None, input_grad=True):
-        """Computes every parameter's g from last_out.g; input_grad=False skips that of the model's input.
+        """Computes every parameter's g from last_out.g. With input_grad=False, a Linear or Conv2D that comes
+        first leaves out the gradient of the model's input.
 
         last_out must be the last call's output, which is also the default.
         """
-        if self.args is None:
-            raise RuntimeError("Sequential.backward(): call the model first, there is no output yet")
-        if last_out is not None and last_out is not self.out:
-            raise RuntimeError(
-                "Sequential.backward(): this is not the output of the last call; call the model again"
-            )
+        self.check_last(last_out)
         try:
             for place, (layer, out, x) in reversed([*enumerate(self.tape)]):
                 layer.input_grad = input_grad or place > 0  # only the first may leave out x.g
                 layer.bwd(out, x)
+                check(place == 0 or hasattr(x, "g"), f"{type(layer).__name__}: bwd() must set x.g")
         finally:
             for layer in self.layers:
                 layer.input_grad = True
@@ -503,7 +517,7 @@ def build_cnn(device=None, dtype=None):
     layers += [Conv2D(8, 16, 3, padding=1, **where), ReLU(), MaxPool2D(2)]  # N, 16, 7, 7
     layers += [Flatten(), Linear(784, 10, **where)]  # N, 10
     model = Sequential(*layers, reorder=True)  # a step takes 7 to 14 % less time
-    assert sum(p.numel() for p in model.parameters()) == 9098
+    assert sum(p.numel() for p in model.parameters()) == 9098, "in a network of yours, drop this line"
     return model
 
 
@@ -628,6 +642,8 @@ def split(images, labels, seed):
 
 def to_input(images):
     """uint8 [N, 28, 28] -> float32 [N, 1, 28, 28], MNIST's mean 0 and variance 1, batch innermost."""
+    fits = isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.dim() == 3
+    check(fits, "to_input: expected a uint8 tensor [N, 28, 28], with grey levels from 0 to 255")
     x = images.permute(1, 2, 0).contiguous().float()  # 28, 28, N
     return x.div_(255).sub_(0.1307).div_(0.3081)[None].permute(3, 0, 1, 2)
 
@@ -659,7 +675,7 @@ def train_epoch(model, optimizer, data, rates, epoch=1):
     Raises FloatingPointError naming the step and epoch if the loss is not finite.
     """
     criterion, losses, hits, sizes = CrossEntropy(), [], [], []
-    for rate, (x, y) in zip(rates, data):
+    for rate, (x, y) in zip(rates, data, strict=True):
         optimizer.lr = rate
         logits = model(x)
         losses.append(criterion(logits, y))
@@ -686,14 +702,16 @@ def evaluate(model, images, labels):
 
 
 def named(model, prefix=""):
-    """The parameters by name: the layer's number in its Sequential and the attribute, as 0.W or 2.1.b."""
+    """The parameters by name: the layer's number in its Sequential and the attribute, as 0.W or 2.1.b; for
+    one that is not the layer's own attribute, its place in parameters()."""
     found = {}
     for i, layer in enumerate(model.layers):
         if isinstance(layer, Sequential):
             found |= named(layer, f"{prefix}{i}.")
         else:
-            own = {id(p) for p in layer.parameters()}
-            found |= {f"{prefix}{i}.{k}": v for k, v in vars(layer).items() if id(v) in own}
+            names = {id(value): name for name, value in vars(layer).items()}
+            for j, p in enumerate(layer.parameters()):
+                found[f"{prefix}{i}.{names.get(id(p), j)}"] = p
     return found
 
 
@@ -794,7 +812,14 @@ def save_curves(path, title, log):
 
 
 def save_filters(path, title, model, image, label):
-    """What the convolutions have learnt, and what they make of one digit, uint8 [28, 28]."""
+    """What build_cnn()'s convolutions have learnt, and what they make of one digit, uint8 [28, 28].
+
+    Draws nothing for another network.
+    """
+    kinds = [type(layer) for layer in model.layers[:6]]
+    sizes = [len(p) for p in model.parameters() if p.dim() == 4]  # output channels of the convolutions
+    if kinds != 2 * [Conv2D, ReLU, MaxPool2D] or sizes != [8, 16]:
+        return
     x, maps = to_input(image[None]), []
     for layer in model.layers[:6]:  # one by one: model(x) would run the pooling before ReLU
         x = layer(x)
@@ -963,8 +988,11 @@ def load_weights(path, model):
         if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load doesn't verify checksums
             raise ValueError("a checksum does not fit")
         weights = dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        shapes = [{name: list(p.shape) for name, p in some.items()} for some in (weights, named(model))]
+        if shapes[0] != shapes[1]:
+            raise ValueError("it has {}, the model {}".format(*shapes))
         for name, p in named(model).items():
-            p.copy_(weights[name].view_as(p))  # copy_ alone would repeat a smaller tensor until it fits
+            p.copy_(weights[name])
     except Exception as e:  # unpickling fails in many ways
         raise InputError(f"--checkpoint {path}: not a run's best.pt ({one_line(e, 120)})") from e
 

@@ -327,6 +327,29 @@ class SideBySide(Case):
         theirs.backward(mine.g)
         self.same((mine, theirs), (x.g, tx.grad))
 
+    def test_training_step(self):
+        """A network, the loss and SGD: one step of each."""
+        x, targets = torch.randn(4, 1, 6, 6, dtype=torch.float64), torch.randint(5, (4,))
+        convolution, linear = c.Conv2D(1, 3, 3, padding=1, **DOUBLE), c.Linear(27, 5, **DOUBLE)
+        mine = convolution.W, convolution.b, linear.w, linear.b
+        W, b, w, d = theirs = [p.clone().requires_grad_() for p in mine]
+        model, criterion = (
+            c.Sequential(convolution, c.ReLU(), c.MaxPool2D(2), c.Flatten(), linear),
+            c.CrossEntropy(),
+        )
+
+        logits = model(x)
+        loss = criterion(logits, targets)
+        criterion.backward()
+        model.backward(logits)
+        c.SGD(model.parameters(), lr=0.1).step()
+
+        tlogits = F.max_pool2d(F.relu(F.conv2d(x, W, b, padding=1)), 2).flatten(1) @ w + d
+        tloss = F.cross_entropy(tlogits, targets)
+        tloss.backward()
+        torch.optim.SGD(theirs, lr=0.1).step()
+        self.same((logits, tlogits), (loss, tloss), *zip(mine, theirs))
+
     def test_cross_entropy(self):
         logits, targets = torch.randn(5, 4, dtype=torch.float64), torch.randint(4, (5,))
         layer, tlogits = c.CrossEntropy(), logits.clone().requires_grad_()
@@ -561,6 +584,10 @@ class BadLayerInput(Case):
             (lambda: c.SGD([], 0.1, weight_decay=-1), "weight_decay is -1", "at least 0"),
             (lambda: c.SGD([], 0.1, nesterov=True), "nesterov", "momentum"),
             (lambda: c.SGD(dense.w, 0.1), "a list", "a tensor"),
+            (lambda: loss(x, [0, 1]), "list", "a tensor"),
+            (lambda: c.to_input(torch.rand(2, 28, 28)), "to_input", "uint8"),
+            (lambda: c.to_input(np.zeros((2, 28, 28), np.uint8)), "to_input", "tensor"),
+            (lambda: c.train_epoch(c.Sequential(), None, [(x, x)], []), "zip", "longer"),
         )
         for act, *parts in cases:
             with self.assertRaises(ValueError, msg=parts) as caught:
@@ -582,13 +609,23 @@ class BadLayerInput(Case):
             out.g = torch.randn(2, *out.shape)
             with self.assertRaisesRegex(ValueError, "shape|not one number"):
                 layer.backward()
+        layer, own = c.Linear(np.int64(3), 2, **DOUBLE), type("Own", (c.ReLU,), {"bwd": lambda *_: None})()
+        out = layer(torch.ones(1, 3, **DOUBLE))
+        out.g = torch.ones(1, 2, **DOUBLE)
+        layer.backward(out)
+        self.assertRaisesRegex(RuntimeError, "not the output of the last call", layer.backward, out + 0)
+        out.g = [[1.0, 1.0]]
+        self.assertRaisesRegex(ValueError, "the gradient is a list", layer.backward)
+        model = c.Sequential(layer, own)  # whose bwd() sets no gradient
+        model(torch.ones(1, 3, **DOUBLE))
+        self.assertRaisesRegex(ValueError, r"Own: bwd\(\) must set x.g", model.backward)
         relu = c.ReLU()
         relu(torch.arange(3)).g = torch.full((3,), 0.5)  # would be 0 as an integer
         with self.assertRaisesRegex(ValueError, "int64"):
             relu.backward()
         layer, x = c.Linear(4, 4, **DOUBLE), torch.randn(4, 4, **DOUBLE)
         model = c.Sequential(layer, c.ReLU())
-        with self.assertRaisesRegex(RuntimeError, "call the model first"):
+        with self.assertRaisesRegex(RuntimeError, "Sequential.*call it first"):
             model.backward(x)
         first, second = model(x), model(x + 1)
         first.g = second.g = torch.ones(4, 4, **DOUBLE)
@@ -717,11 +754,19 @@ class Training(Case):
         self.say("epoch 2 of 3 kept as it was")
 
     def test_names(self):
-        """best.pt has every parameter: of nested layers, of one's own, and no bias where there is none."""
+        """best.pt has every parameter: of nested layers, of one's own, and no bias where there is none.
+
+        Another network than build_cnn's has no picture of its filters.
+        """
         own = c.Linear(3, 4, **DOUBLE)
         own.gamma, own.parameters = torch.ones(1), lambda: [own.w, own.gamma]
         model = c.Sequential(c.Sequential(c.Conv2D(1, 2, 3, bias=False, **DOUBLE)), c.Flatten(), own)
         self.assertEqual(list(c.named(model)), ["0.0.W", "2.w", "2.gamma"])
+        block = type("Block", (c.ReLU,), {"parameters": lambda self: self.inner.parameters()})()
+        block.inner = c.Linear(3, 4, **DOUBLE)
+        self.assertEqual(list(c.named(c.Sequential(block))), ["0.0", "0.1"])
+        c.save_filters(self.tmp / "filters.png", "", model, None, 0)
+        self.assertEqual(list(self.tmp.iterdir()), [])
         self.assertEqual(len(c.named(c.build_cnn("cpu"))), 6)
         self.say(", ".join(c.named(c.build_cnn("cpu"))))
 

@@ -10,13 +10,14 @@ WIDTH = 6.85  # inches of the report's page: figures are drawn as large as they 
 
 def draw_curves(path, lines):
     """Loss and accuracy over the epochs; a line is (label, rows of log.csv, which may be missing)."""
-    columns = "train_loss", "train_accuracy", "val_accuracy"
-    titles = "training loss", "training accuracy", "validation accuracy"
-    figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
-    for ax, column, title in zip(figure.subplots(1, 3), columns, titles):
+    columns = "train_loss", "val_loss", "train_accuracy", "val_accuracy"
+    titles = "training loss", "validation loss", "training accuracy (%)", "validation accuracy (%)"
+    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
+    for ax, column, title in zip(figure.subplots(2, 2).ravel(), columns, titles):
+        scale = 100 if "accuracy" in column else 1
         for (label, rows), (colour, marker) in zip(lines, STYLES):
             if rows:
-                values = [float(row[column]) for row in rows]
+                values = [scale * float(row[column]) for row in rows]
                 style = {"color": colour, "marker": marker, "ms": 4, "lw": 1}
                 style["zorder"] = 9 - len(ax.lines)  # first on top: the first stage of gradual is the probe
                 ax.plot(range(1, len(values) + 1), values, label=label, **style)

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,14 +26,15 @@ def worked_example():
     y = conv(x)
     y.g = torch.tensor([[[[1.0, 0.0], [2.0, -1.0]]]], dtype=torch.float64)
     conv.backward()
-    cols = F.unfold(x, 2)[0]
     shown = {
         "x": x[0, 0],
-        "cols": torch.cat([cols, torch.ones_like(cols[:1])]),
-        "w": torch.cat([conv.W.flatten(), conv.b])[None],
+        "cols": y.cols,
+        "w": conv.W.reshape(1, 4),
+        "b": conv.b[None],
         "y": y.reshape(1, 4),
         "dy": y.g.reshape(1, 4),
-        "dw": torch.cat([conv.W.g.flatten(), conv.b.g])[None],
+        "dw": conv.W.g.reshape(1, 4),
+        "db": conv.b.g[None],
         "dx": x.g[0, 0],
         "dcols": conv.W.reshape(4, 1) @ y.g.reshape(1, 4),
     }

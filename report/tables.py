@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 REGIMES = ("linear_probe", "partial_unfreeze", "full", "gradual")
 RECIPE = ("epochs", "batch_size", "lr", "momentum", "schedule")  # by which runs of task 1 may differ
 DEFAULT, COURSE = (5, 64, 0.1, 0.9, "onecycle"), (5, 640, 0.01, 0, "constant")
+TOP = "confusions_top.png"
 # characters drawn alike: most of those whose cases EMNIST's authors merge (by-merge), and zero and one
 ALIKE = ("0Oo", "1Il", "Cc", "Jj", "Kk", "Mm", "Pp", "Ss", "Uu", "Vv", "Ww", "Xx", "Yy", "Zz")
 
@@ -72,7 +73,8 @@ def read_groups(results):
             "float32": arguments.get("amp") == "off" and arguments.get("weights") != "none",
             "random weights": arguments.get("weights") == "none",
         }
-        run["variant"] = ", ".join(name for name, on in switched.items() if on)
+        own = [f"{k} {arguments[k]:g}" for k in ("lr", "epochs", "batch_size") if arguments.get(k)]
+        run["variant"] = ", ".join([name for name, on in switched.items() if on] + own)
         run["device"] = run["device"].replace("(1 threads)", "(1 thread)")  # an older run's
         run["recipe"] = tuple(arguments.get(k) for k in RECIPE)
         if "regime" in run:
@@ -144,6 +146,10 @@ def emnist_cells(group):
         "corrected percent": f"{corrected.accuracy:.1f}",
         **{k: group[k] for k in ("dataset", "weights", "device", "amp")},
     }
+
+
+def name_of(group):
+    return "{regime}, {px} px, {images} images".format(**emnist_cells(group))
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -298,6 +304,8 @@ def numbers_of(results):
             named[name] = difference(scopes[group], scopes[base])
     if "best" in scopes:
         named["alike"] = alike_numbers(scopes["best"])
+        for group in pictured(resnet)[:1]:
+            named["top"] = {"run": name_of(group)}
     named["progress"] = {"points": f"{100 * constant('resnet18.py', 'MIN_DELTA'):g}"}
     named |= bench_numbers(results)
     return {f"{name}/{key}": text for name, texts in named.items() for key, text in texts.items()}
@@ -347,6 +355,12 @@ def difference(group, base):
         "times": f"{group.cost / base.cost:.1f}",
         "images": f"{group['samples_per_epoch'] / base['samples_per_epoch']:.1f}",
     }
+
+
+def pictured(groups):
+    """Those with a picture of their most frequent confusions, the best on validation first."""
+    found = [group for group in groups if (group["folder"] / TOP).exists()]
+    return sorted(found, key=lambda group: -group.mean("val_accuracy"))
 
 
 def read_confusion(group):
@@ -418,8 +432,8 @@ def points(groups):
     """Name, regime's number, minutes, accuracy and its deviation, by training time, on the usual machine."""
     usual = usual_machine(groups)
     for group in sorted((g for g in groups if machine(g) == usual), key=lambda g: g.cost):
-        name = "{regime}, {px} px, {images} images".format(**emnist_cells(group))
-        yield name, REGIMES.index(group["regime"]), group.cost / 60, group.accuracy, group.deviation
+        style, minutes = REGIMES.index(group["regime"]), group.cost / 60
+        yield name_of(group), style, minutes, group.accuracy, group.deviation
 
 
 def worst_classes(group, count=12):
@@ -476,7 +490,8 @@ def write_report(results, out):
         if (folder / "confusion.csv").exists():
             figures.draw_confusion(out / "confusion.pdf", *worst_classes(scopes["best"]))
         copy_part([folder.parent / "samples.png"], out / "samples.png", (0, 0, 1405, 455))
-        copy_part([folder / "confusions_top.png"], out / "top.png", (0, 0, 1232, 945))
+        paths = [group["folder"] / TOP for group in pictured(resnet)]
+        copy_part(paths, out / "top.png", (0, 0, 1232, 945))
 
 
 def main(argv):
