@@ -1007,8 +1007,6 @@ def run_regime(run, name, data, weights, weights_name, todo):
 def finish_regime(run, name, data, weights_name, trainer):
     """The test set, once, with the best weights; then tables and pictures; metrics.json comes last."""
     folder, state, timer = trainer.folder, trainer.state, trainer.timer
-    timer("checkpoint")
-    state.spent.pop("test", None)  # time of an earlier start's unfinished test
     # "test" is never kept: prepare() and the frozen layers run here
     logits = logits_of(run, data, trainer.inputs, trainer.head, "test")
     timer("test")
