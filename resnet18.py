@@ -999,8 +999,7 @@ def run_regime(run, name, data, weights, weights_name, todo):
             run.say(f"{place}: {training:,} of {total:,} parameters train, {recipe}")
         resumed = False
         trainer.train()
-        if len(state.stages) == number:
-            state.stages.append(trainer.summary())  # unlike `stages`, what came out
+        state.stages.append(trainer.summary())  # unlike `stages`, what came out
     return finish_regime(run, name, data, weights_name, trainer)
 
 
