@@ -531,15 +531,12 @@ class Inputs:
             run.say(f"features of {count:,} images: {duration(spent[0])} ({rate:,.0f} images/s)")
         elif self.trains == "layer4" and self.decide_cache(count):
             for name in names:
-                self.kept[name] = self.layer3(name)
+                forward = functools.partial(self.run_frozen, name)
+                shape = layer3_shape(len(self.data.labels[name]), run.settings.image_size)
+                kind = AMP_TYPES[run.settings.amp]
+                self.kept[name] = in_batches(run, forward, shape, f"cache, {name}", dtype=kind)
             timer("cache")
             run.say(f"layer3's output computed in {duration(timer.spent['cache'][0])}")
-
-    def layer3(self, name):
-        """layer3's output of a set: [n, 256, h, w]."""
-        settings, forward = self.run.settings, functools.partial(self.run_frozen, name)
-        shape, kind = layer3_shape(len(self.data.labels[name]), settings.image_size), AMP_TYPES[settings.amp]
-        return in_batches(self.run, forward, shape, f"cache, {name}", dtype=kind)
 
     def decide_cache(self, count):
         """Whether layer3's output is kept in memory; a resumed run keeps its choice, unless --cache-gb or
