@@ -967,7 +967,7 @@ def about_run(run, data, weights_name):
 
 def run_regime(run, name, data, weights, weights_name, todo):
     """Trains a regime, stage by stage, and tests its best weights; returns its metrics. `todo` has the names
-    of the regimes that are not finished, this one first."""
+    of the regimes that were not finished at the start; the first one's trainer is there for the plan."""
     reset_peak(run.device)
     folder, stages = run.out / name, stages_of(name, run.settings)
     if run.main:
@@ -978,7 +978,7 @@ def run_regime(run, name, data, weights, weights_name, todo):
         return model.to(run.device, memory_format=layout(run.device))
 
     trainer, resumed = resume(run, data, make_model, stages, folder)
-    if not run.planned:
+    if name == todo[0]:
         plan(run, data, trainer, todo)  # prints an estimate, changes nothing
     for number in range(trainer.state.number, len(stages)):
         if number > trainer.state.number:
@@ -1136,8 +1136,7 @@ def estimate(run, stages, costs, sizes, image_size, on_disk, state=None):
 def plan(run, data, trainer, todo):
     """Says how long the unfinished regimes will take, from a few timed batches; without a GPU, also how long
     all images at 224 px would take."""
-    settings, run.planned = run.settings, True
-    stages = {name: stages_of(name, settings) for name in todo}
+    settings, stages = run.settings, {name: stages_of(name, run.settings) for name in todo}
     every = sorted({stage.trains for name in todo for stage in stages[name]})
     costs = {trains: time_per_image(run, data, trainer.model, trains) for trains in every}
     sizes, texts = {name: len(labels) for name, labels in data.labels.items()}, []
@@ -1589,7 +1588,7 @@ class Run:
                 backend, store=group, rank=self.rank, world_size=self.world, timeout=timedelta(minutes=30)
             )
         self.live = self.main and sys.stdout.isatty()
-        self.stop_asked = self.planned = False
+        self.stop_asked = False
         self.saved_at = self.printed_at = time.monotonic()
         torch.backends.cudnn.benchmark = not args.deterministic
         torch.backends.cudnn.allow_tf32 = False  # float32 is float32: --amp is what trades precision
@@ -2155,10 +2154,9 @@ def train_all(run, data, weights, weights_name, rows):
     if run.world > 1 and run.device.type == "cpu" and run.args.regimes != ["linear_probe"]:
         run.say("each process's BatchNorm sees only its share of a step; its statistics are averaged")
     data.to(run.device)
-    for k, name in enumerate(names):
-        if rows[k] is None:
-            todo = [n for n, row in zip(names[k:], rows[k:]) if row is None]
-            rows[k] = run_regime(run, name, data, weights, weights_name, todo)
+    todo = [name for name, row in zip(names, rows) if row is None]
+    for name in todo:
+        rows[names.index(name)] = run_regime(run, name, data, weights, weights_name, todo)
     run.poll()
     ignore_signals()  # a second or two to the end
     if run.main:
