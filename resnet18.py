@@ -1395,7 +1395,7 @@ def draw_comparison(path, rows, dry):
     """Accuracy and macro-F1 against two costs; validation curves."""
     curves = [[100 * a for a in r.get("val_accuracies", [])] for r in rows]  # an older run has none
     columns, colours = (3 if any(curves) else 2), COLOURS * len(rows)
-    figure, axes = new_figure(15, 4.4, 1, columns, dry or None)
+    figure, axes = new_figure(15, 4.4, 1, columns, dry)
     costs = {"train_seconds": "training time (s), caches included", "update_budget": "trained samples"}
     for ax, (cost, label) in zip(axes[0], costs.items()):
         for r, colour in zip(rows, colours):
@@ -1838,7 +1838,7 @@ def write_json(path, content):
 
 def write_csv(path, rows):
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0] if rows else [], lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_bytes(path, text.getvalue().encode())
