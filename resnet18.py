@@ -1035,9 +1035,8 @@ def training_figures(name, trainer):
     """metrics.json's keys on training and cost."""
     state, settings, last = trainer.state, trainer.run.settings, trainer.state.stages[-1]
     seconds = {phase: float(wall) for phase, (wall, _) in state.spent.items()}
-    # of this process: if far below cores x train_seconds, other work disturbed the run
-    cpu_seconds = sum(float(state.spent[phase][1]) for phase in TRAINING if phase in seconds)
-    training = sum(seconds.get(phase, 0.0) for phase in TRAINING)
+    # the CPU's, of this process: if far below cores x train_seconds, other work disturbed the run
+    training, cpu_seconds = sum(state.spent[phase] for phase in TRAINING if phase in seconds).tolist()
     samples = sum(s["epochs_run"] * s["samples_per_epoch"] for s in state.stages)
     return {
         "regime": name,
