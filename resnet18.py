@@ -1070,7 +1070,9 @@ def evaluate(args):
     if run.world > 1:
         raise InputError("--evaluate runs in one process")
     trained = read_tensors(args.evaluate).get("amp", "auto")
-    amp = choose_amp(trained if args.amp == "auto" else args.amp, run.device)
+    if args.amp != "auto" or (trained == "fp16" and run.device.type != "cuda"):
+        trained = args.amp
+    amp = choose_amp(trained, run.device)
     settings = {"limit": 0, "image_size": size, "amp": amp}  # as the run was tested
     run.settings = argparse.Namespace(**vars(args) | settings)
     out = make_folder(args.out or f"results/resnet18-evaluate-{datetime.now():%Y%m%d-%H%M%S}")
@@ -1151,17 +1153,17 @@ def plan(run, data, trainer, todo):
     run.say(f"plan: {', '.join(texts)} on {device_name(run.device)}; less with early stopping")
     fewer = run.args.limit is None and sizes["train"] + sizes["val"] < data.total
     smaller = run.args.image_size is None and settings.image_size < FULL_RUN["image_size"]
-    if run.main and (fewer or smaller) and not settings.dry_run:
+    if run.main and (fewer or smaller) and run.device.type == "cpu" and not settings.dry_run:
         size = FULL_RUN["image_size"]
         larger = (size / settings.image_size) ** 2
         full_costs = {trains: [larger * cost for cost in costs[trains]] for trains in costs}
         full_sizes = sizes | {"train": 0.9 * data.total, "val": 0.1 * data.total}
         seconds = sum(estimate(run, stages[k], full_costs, full_sizes, size, 0) for k in todo)
         images = f"{min(settings.limit or data.total, data.total):,} of {data.total:,} images"
-        words = shlex.join([sys.argv[0], *own_words(), "--limit", "0", "--image-size", str(size)])
+        command = shlex.join([*start_words(run.out), *own_words(), "--limit", "0", "--image-size", str(size)])
         banner(
             f"NO GPU: this run uses {images}, at {settings.image_size} px.\n"
-            f"All of them at {size} px would take about {about(seconds)} here: python {words}"
+            f"All of them at {size} px would take about {about(seconds)} here: {command}"
         )
 
 
@@ -1677,7 +1679,8 @@ def choose_device(name):
 def choose_amp(name, device):
     """bf16 where the hardware multiplies it, fp16 on older GPUs, else float32 ('off')."""
     if name == "fp16" and device.type != "cuda":
-        raise InputError(f"--amp fp16 needs a CUDA device, this is {device.type}; use auto, bf16 or off")
+        hint = "use auto, bf16 or off (and a new --out, if the run was begun in fp16)"
+        raise InputError(f"--amp fp16 needs a CUDA device, this is {device.type}: {hint}")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -2040,7 +2043,7 @@ def read_args(path, args):
         raise InputError(f"{path} is damaged or not of this script ({one_line(e)}): name a new --out") from e
     if differ:
         words = [f"--{k.replace('_', '-')} was {typed(old.get(k))}, now {typed(new[k])}" for k in differ]
-        text = f"{'; '.join(words)}; for these, name a new --out"
+        text = f"{'; '.join(words)}; for these, name a new --out (in a job: OUT_DIR)"
         raise InputError(f"--out {path.parent} holds a run with other arguments: {text}")
     return before
 
@@ -2058,15 +2061,21 @@ def own_words():
     return [w for w in kept if not w.startswith("--out=")]
 
 
+def start_words(out):
+    """The words that a command like this run's begins with."""
+    if Path(sys.argv[0]).parent == Path(out) / "code":  # the copy that a batch job runs
+        return ["sbatch", "run_resnet.sbatch"]
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    return [*(["torchrun", f"--nproc-per-node={processes}"] if processes else ["python"]), sys.argv[0]]
+
+
 def continue_line(out):
     """How to continue this run."""
-    out, words = f"./{out}" if str(out).startswith("-") else str(out), own_words()
-    if Path(sys.argv[0]).parent == Path(out) / "code":  # the copy that a batch job runs
-        words = shlex.join(["sbatch", "run_resnet.sbatch", *words])
-        return f"continue with: OUT_DIR={shlex.quote(out)} {words}"
-    processes = os.environ.get("LOCAL_WORLD_SIZE")
-    start = ["torchrun", f"--nproc-per-node={processes}"] if processes else ["python"]
-    return "continue with: " + shlex.join([*start, sys.argv[0], *words, "--out", out])
+    out = f"./{out}" if str(out).startswith("-") else str(out)
+    start, words = start_words(out), own_words()
+    if start[0] == "sbatch":
+        return f"continue with: OUT_DIR={shlex.quote(out)} {shlex.join(start + words)}"
+    return "continue with: " + shlex.join([*start, *words, "--out", out])
 
 
 def load_inputs(run, before):

@@ -106,7 +106,8 @@ try() { # progress to the terminal; errors, pages of them from pip, into one lin
   errors=$("$@" 2>&1 1>&3) && return
   [ -z "$old" ] || echo "$old" >"$VENV/.stamp" # pip left what was there, and it still works
   case $errors in
-    *"No space left"* | *quota*) fail "no space left for $VENV (needs 6 GB): free some or set VENV=DIR" ;;
+    *"No space left"* | *quota* | *"Input/output error"*) # the last is an overlay's, on a full disk
+      fail "no space left for $VENV (needs 6 GB): free some or set VENV=DIR (in a container OVERLAY=FILE)" ;;
     *"connection broken"*) fail "no network, or the package index can't be reached: try again when it can" ;;
   esac
   fail "$(grep -i error <<<"$errors" | tail -n 1) (with $version; PYTHON or TORCH_INDEX_URL may help)"
@@ -157,6 +158,7 @@ fetch() { # an image or overlay that is not there yet, from where the cluster ke
   if [[ $found == *.gz ]]; then gunzip -c "$found"; else cat "$found"; fi |
     dd of="$1.part" bs=1M conv=sparse status=none
   [ "${PIPESTATUS[*]}" = "0 0" ] && mv "$1.part" "$1" && return
+  rm -f "$1.part" # half a copy would fill the disk
   fail "could not copy $found to $1 (is there room?)"
 }
 
@@ -166,7 +168,8 @@ container() {
   local public=${PUBLIC:-/scratch/work/public/singularity /scratch/work/public/overlay-fs-ext3
     /share/apps/images /share/apps/overlay-fs-ext3}
   [ "${ENVIRONMENT:-}" != BATCH ] || fail "--container is for a shell: jobs share the overlay and only read it"
-  engine=$(command -v singularity || command -v apptainer) || fail "no singularity on this machine"
+  engine=$(command -v singularity || command -v apptainer) ||
+    fail "no singularity on this machine: run this in an interactive job (README, On the cluster)"
   IMAGE=$(realpath -ms "${IMAGE:-$scratch/cuda12.6.2-cudnn9.5.0-devel-ubuntu24.04.1.sif}")
   OVERLAY=$(realpath -ms "${OVERLAY:-$scratch/overlay-25GB-500K.ext3}")
   fetch "$IMAGE"

@@ -461,7 +461,7 @@ PY
 }
 
 point_7() { # the array and the merge
-  local job regime dirs
+  local job regime dirs first
   job=$(submit --array=0-3 run_resnet.sbatch "${tiny[@]}" --limit 60 --epochs 1 --batch-size 32)
   finish "$job"
   for regime in linear_probe partial_unfreeze full gradual; do
@@ -471,7 +471,21 @@ point_7() { # the array and the merge
   python resnet18.py --out results/compared --compare "${dirs[@]}" >"$W/compared.log" 2>&1
   equal "one comparison of all four" 4 \
     "$(grep -cE '^\| (linear_probe|partial_unfreeze|full|gradual) ' "$P/results/compared/comparison.md")"
+  # the last task's SLURM_JOB_ID is the array's: near its time limit it must requeue itself alone
+  job=$(submit --array=0,3 run_resnet.sbatch "${endless[@]}")
+  wait_for 240 "both tasks' checkpoints" two_train
+  first=$(field "${job}_0" JobId)
+  as scancel --signal=USR1 --batch "${job}_3"
+  check "the last task near its time limit: requeued" wait_for 90 "the requeue" requeued "${job}_3"
+  equal "... the other one goes on" "RUNNING 0" "$(field "$first" JobState) $(field "$first" Restarts)"
+  as scancel "$job"
+  finish "$job"
+  check "... cancelled, it says how to go on" \
+    logged "$first" "^go on with: OUT_DIR=.*${job}_0 sbatch --array=0 run_resnet.sbatch --dataset digits"
+  shown "$first" '^go on with'
 }
+two_train() { [ "$(compgen -G "$P/results/resnet18-*-${job}_*/*/last.pt.prev" | wc -l)" = 2 ]; }
+requeued() { [ "$(field "$1" Restarts)" = 1 ]; }
 
 point_8() { # what can be missing
   local job elsewhere seconds file log
