@@ -360,7 +360,10 @@ class SideBySide(Case):
 
 
 class Gradients(Case):
-    """Against autograd in float64, in random sizes and memory orders."""
+    """Against autograd in float64: compare() a random_layer(), in random sizes and memory orders.
+
+    The numeric check, without autograd, is in report/gradients.py.
+    """
 
     def test_float64(self):
         self.say(worst(250, 1e-12, **DOUBLE))
