@@ -71,9 +71,9 @@ class Module:
 
     A gradient lives on its tensor, as its attribute `g`: set out.g, call backward(), read x.g, W.g and b.g.
     Gradients are assigned, not accumulated. Whatever else bwd needs travels on the output, such as out.cols.
-    A layer of your own with parameters returns them in parameters(), or SGD does not see them; it has no
-    attributes `args`, `out` and `input_grad` of its own. There is no training mode: switch a Dropout or
-    BatchNorm of yours around evaluate(). best.pt holds parameters only, no running statistics.
+    A layer of your own must return its parameters from parameters(), or SGD does not see them, and must not
+    use the names `args`, `out` and `input_grad`. There is no training mode: switch a Dropout or BatchNorm of
+    your own yourself, before and after evaluate(). best.pt holds parameters only, no running statistics.
     Raises RuntimeError for backward() before a forward pass, ValueError for input that does not fit.
     """
 
@@ -99,7 +99,7 @@ class Module:
         if self.args is None:
             raise RuntimeError(f"{name}: no output yet; call it first, as layer(x), not as layer.forward(x)")
         if out is not None and out is not self.out:
-            text = "pass the output itself, neither the loss nor a gradient, or call it again"
+            text = "pass the output itself (not the loss or a gradient), or call the layer again"
             raise RuntimeError(f"{name}: this is not the output of the last call: {text}")
 
     def parameters(self):
@@ -171,7 +171,7 @@ def glorot_uniform(shape, fan_in, fan_out, device, dtype):
 class Linear(Module):
     """y = x w + b for x [N, in_features], w [in_features, out_features], b [out_features].
 
-    w is the transpose of torch.nn.Linear's weight. There always is a b.
+    w is the transpose of torch.nn.Linear's weight. There is always a bias b.
 
     dx = dy wᵀ    dw = xᵀ dy    db = Σ_n dy
     """
@@ -389,7 +389,7 @@ class CrossEntropy(Module):
         check(integer, f"CrossEntropy: targets are {kind}, expected class numbers of an integer type")
         targets = targets.long()
         if len(targets):
-            low, high = torch.stack(targets.aminmax()).tolist()  # waits for a GPU, so do it only once
+            low, high = torch.stack(targets.aminmax()).tolist()  # synchronises with a GPU, so only once
             fits = low >= 0 and high < classes
             check(fits, f"CrossEntropy: targets {low} to {high}, expected 0 to {classes - 1}")
         # log softmax ignores shifts of a row; subtracting its maximum keeps exp from overflowing
@@ -480,7 +480,7 @@ class Sequential(Module):
 class SGD:
     """As torch.optim.SGD: g += weight_decay·p, v = momentum·v + g, p -= lr·v (Nesterov: g + momentum·v).
 
-    A parameter without a gradient is left alone. Raises ValueError for a negative setting.
+    A parameter without a gradient is left alone. Raises ValueError for settings that are out of range.
     """
 
     def __init__(self, params, lr, momentum=0, nesterov=False, weight_decay=0):

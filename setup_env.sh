@@ -29,8 +29,8 @@ VENV=${VENV:-${script%/*}/.venv}
 say() { echo "setup_env: $*" >&2; } # stdout belongs to CMD
 fail() { say "$@"; exit 1; }
 
-# What the environment is made from. Its copy in the environment is written last: none there, not complete.
-# The folder belongs to it because an environment that was moved or copied no longer works.
+# What the environment is made from. A copy is written into it last: without one, it is incomplete.
+# The folder's path is included because an environment that was moved or copied no longer works.
 stamp() { printf '%s\n' "$index" "$version" "$(cd "$VENV" && pwd -P)" "$(cat "$requirements")"; }
 
 # Complete and up to date? Quick, because "python -V" answers before the interpreter starts.
@@ -60,7 +60,7 @@ find_python() { # sets python and version
   fail "${trouble:-no ${PYTHON:-python3} found}: install Python 3.10 or newer, or set PYTHON=/path/to/python3"
 }
 
-# The wheels' CUDA must not be newer than the driver's, and must still know the GPU:
+# The wheels' CUDA must not be too new for the driver, and must still support the GPU:
 # - CUDA 13 runs on drivers from 580 on, CUDA 12 from 525, CUDA 11 from 450, whatever the minor version
 #   (docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html)
 # - torch on PyPI has CUDA 13 since 2.11, for GPUs of compute capability 7.5 and up; PyTorch's own indexes
@@ -126,7 +126,7 @@ update() {
   local new old pip=("$VENV/bin/python" -m pip --disable-pip-version-check)
   new=$(stamp) old=$(cat "$VENV/.stamp" 2>/dev/null)
   rm -f "$VENV/.stamp"
-  # built upon if complete and only the requirements differ; anything else, half an install too, is made anew
+  # updated in place if complete and only the requirements differ; otherwise, or if incomplete, made anew
   if [ "$(head -n 3 <<<"$old")" != "$(head -n 3 <<<"$new")" ] || ! "${pip[@]}" -V &>/dev/null; then
     old=
     find "$VENV/" -mindepth 1 -maxdepth 1 ! -name '.lock*' -exec rm -rf {} + || fail "can't empty $VENV"
@@ -141,7 +141,7 @@ update() {
   echo "$new" >"$VENV/.stamp.new" && mv "$VENV/.stamp.new" "$VENV/.stamp"
 }
 
-fetch() { # an image or overlay that is not there yet, from where the cluster keeps them, packed or not
+fetch() { # copies a missing image or overlay from where the cluster keeps them, gzipped or not
   local dir from found=
   [ ! -s "$1" ] || return 0
   for dir in "${1%/*}" $public; do
@@ -154,7 +154,7 @@ fetch() { # an image or overlay that is not there yet, from where the cluster ke
   { exec 8>>"$1.part"; } 2>/dev/null || fail "can't write to ${1%/*}: set IMAGE and OVERLAY"
   flock -n 8 || fail "another set-up is fetching $1"
   say "$1 from $found (minutes)"
-  # it takes its name when it is whole; an overlay is nearly empty, and stays so on the disk
+  # renamed once complete; sparse, as an overlay is mostly zeros
   if [[ $found == *.gz ]]; then gunzip -c "$found"; else cat "$found"; fi |
     dd of="$1.part" bs=1M conv=sparse status=none
   [ "${PIPESTATUS[*]}" = "0 0" ] && mv "$1.part" "$1" && return
@@ -162,7 +162,7 @@ fetch() { # an image or overlay that is not there yet, from where the cluster ke
   fail "could not copy $found to $1 (is there room?)"
 }
 
-# The same environment in /ext3 of the overlay, which jobs then read. /ext3/env.sh comes last: with it, all is there.
+# The same environment in /ext3 of the overlay, which jobs then read. /ext3/env.sh comes last: if it exists, all is there.
 container() {
   local engine inside said scratch=/scratch/${USER:-$(id -un)}
   local public=${PUBLIC:-/scratch/work/public/singularity /scratch/work/public/overlay-fs-ext3
@@ -182,7 +182,7 @@ container() {
   esac
   if [ -z "${PYTHON:-}" ] &&
     ! "${inside[@]}" python3 -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' &>/dev/null; then
-    say "the image has no python3 of 3.10 or newer with venv: using Miniforge's, in /ext3/miniforge3"
+    say "the image has no Python 3.10 or newer with venv: using Miniforge's, in /ext3/miniforge3"
     export PYTHON=/ext3/miniforge3/bin/python3
     "${inside[@]}" test -e /ext3/miniforge3/.complete || miniforge
   fi
