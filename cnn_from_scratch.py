@@ -14,7 +14,8 @@ A layer is a constructor, `forward` and `bwd`; bwd(out, x) turns the gradient ou
 channels in and out, H, W height and width, kH, kW kernel, s stride, p padding, Ho, Wo output size.
 
 A tensor [N, C, H, W] may have any memory layout. Conv2D leaves its output with the batch innermost, as
-C, H, W, N: a convolution is then one plain matrix product, and every copy moves long contiguous runs.
+C, H, W, N: a convolution is then one plain matrix product, and every copy moves long contiguous runs. So
+use y.reshape(...), not y.view(...).
 """
 
 import signal
@@ -150,6 +151,11 @@ def check_input(layer, x, shape, like=None):
         check(kinds[0] == kinds[1], f"{layer}: the input is {kinds[0]}, the parameters are {kinds[1]}")
 
 
+def check_bias(layer, b, size, weight):
+    fits = b.shape == (size,) and b.dtype == weight.dtype
+    check(fits, f"{layer}: b is {b.dtype} {list(b.shape)}, expected {weight.dtype} [{size}]")
+
+
 def output_size(layer, x, kernel, stride, padding):
     """(Ho, Wo) of a layer with windows, which must fit into the padded input."""
     padded = tuple(n + 2 * p for n, p in zip(x.shape[2:], padding))
@@ -187,6 +193,7 @@ class Linear(Module):
 
     def forward(self, x):
         check_input("Linear", x, (None, len(self.w)), self.w)
+        check_bias("Linear", self.b, self.w.shape[1], self.w)
         return torch.addmm(self.b, x, self.w)  # N, out_features
 
     def bwd(self, out, x):
@@ -232,6 +239,8 @@ class Conv2D(Module):
         Ho, Wo = output_size("Conv2D", x, self.kernel, self.stride, self.padding)
         check(self.W.shape[2:] == self.kernel, f"Conv2D: W is {list(self.W.shape)}, the kernel {self.kernel}")
         O, N = len(self.W), len(x)
+        if self.b is not None:
+            check_bias("Conv2D", self.b, O, self.W)
         cols = self.im2col(x, Ho, Wo)  # K, L
         y = product(self.W.reshape(O, -1), cols)  # O, L
         if self.b is not None:
@@ -364,8 +373,8 @@ class Flatten(Module):
 
     def forward(self, x):
         check(x.dim() > 1, f"Flatten: the input is {list(x.shape)}, expected at least two dimensions")
-        # detach(): the output may share the input's memory, but is a tensor with a gradient of its own
-        return x.detach().reshape(len(x), math.prod(x.shape[1:]))
+        # a copy: whoever changes x and calls again may still hold this output
+        return x.clone(memory_format=torch.contiguous_format).view(len(x), math.prod(x.shape[1:]))
 
     def bwd(self, out, x):
         x.g = upstream(out).reshape(x.shape).contiguous()
@@ -425,9 +434,12 @@ class Sequential(Module):
 
     def __init__(self, *layers, reorder=False):
         for layer in layers:
-            is_layer = hasattr(layer, "bwd") and not isinstance(layer, type)
+            is_layer = hasattr(layer, "bwd") and hasattr(layer, "parameters") and not isinstance(layer, type)
             name = f"{layer!r} ({type(layer).__module__})"  # torch.nn has a ReLU, too
-            check(is_layer, f"Sequential: {name} is not a layer with bwd(); expected Sequential(ReLU(), ...)")
+            check(
+                is_layer,
+                f"Sequential: {name} is not a layer, a Module with bwd(); expected Sequential(ReLU(), ...)",
+            )
         self.layers, self.reorder, self.tape = list(layers), reorder, []
         keep_freed_memory()
 
@@ -642,7 +654,8 @@ def split(images, labels, seed):
 
 def to_input(images):
     """uint8 [N, 28, 28] -> float32 [N, 1, 28, 28], MNIST's mean 0 and variance 1, batch innermost."""
-    fits = isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.dim() == 3
+    fits = isinstance(images, torch.Tensor) and images.dtype == torch.uint8
+    fits = fits and images.dim() == 3 and images.shape[1:] == (28, 28)
     check(fits, "to_input: expected a uint8 tensor [N, 28, 28], with grey levels from 0 to 255")
     x = images.permute(1, 2, 0).contiguous().float()  # 28, 28, N
     return x.div_(255).sub_(0.1307).div_(0.3081)[None].permute(3, 0, 1, 2)
@@ -715,6 +728,7 @@ def named(model, prefix=""):
     return found
 
 
+@torch.no_grad()
 def fit(model, train, val, args, out):
     """Trains, and leaves the model with the weights of the best epoch on validation (the first of equals).
 
@@ -981,6 +995,7 @@ def read_digit(path):
     return torch.from_numpy(image * (255 / image.max())).round().byte(), warning
 
 
+@torch.no_grad()
 def load_weights(path, model):
     """A run's best.pt into the model; InputError if it is something else, or damaged."""
     try:

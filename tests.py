@@ -189,8 +189,7 @@ def compare(layer, reference, x, *targets, rng=None):
         layer.backward()
         layer.bwd(out, x, *targets)
         off = max(off, *(error(t.g, first) for t, first in zip((x, *params), gradients)))
-    if not isinstance(layer, c.Flatten):  # whose output may be a view, as in torch
-        layer(x, *targets).fill_(7)
+    layer(x, *targets).fill_(7)
     kept = (x, *params, *targets, g, out, *gradients)
     assert all(map(torch.equal, kept, before)), "something was modified"
     return off
@@ -542,6 +541,8 @@ class BadLayerInput(Case):
         dense, twin, convolution = c.Linear(3, 2, **cpu), c.Linear(3, 2, **cpu), c.Conv2D(3, 2, 3, **cpu)
         twin.w, square = dense.w, c.Conv2D(3, 2, 3, **cpu)
         square.W = torch.randn(2, 3, 2, 2)
+        wide, narrow = c.Linear(3, 1, **cpu), c.Conv2D(3, 1, 3, **cpu)
+        wide.w, narrow.W = torch.randn(3, 4), torch.randn(4, 3, 3, 3)
         cases = (
             (lambda: c.Linear(0, 2), "in_features is 0", "at least 1"),
             (lambda: c.Linear(2, -1), "out_features is -1", "at least 1"),
@@ -588,6 +589,9 @@ class BadLayerInput(Case):
             (lambda: c.SGD([], 0.1, nesterov=True), "nesterov", "momentum"),
             (lambda: c.SGD(dense.w, 0.1), "a list", "a tensor"),
             (lambda: loss(x, [0, 1]), "list", "a tensor"),
+            (lambda: wide(x), "Linear: b is", "[1]", "[4]"),
+            (lambda: narrow(image), "Conv2D: b is", "[1]", "[4]"),
+            (lambda: c.to_input(torch.zeros(28, 28, 3, dtype=torch.uint8)), "to_input", "[N, 28, 28]"),
             (lambda: c.to_input(torch.rand(2, 28, 28)), "to_input", "uint8"),
             (lambda: c.to_input(np.zeros((2, 28, 28), np.uint8)), "to_input", "tensor"),
             (lambda: c.train_epoch(c.Sequential(), None, [(x, x)], []), "zip", "longer"),
