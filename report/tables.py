@@ -286,7 +286,7 @@ COMPARED = {  # two groups of scopes_of(): what the first gains on the second
     "no cache": ("no cache/partial_unfreeze", "same/partial_unfreeze"),
     "float32": ("float32/partial_unfreeze", "same/partial_unfreeze"),
     "augmented": ("augmented/partial_unfreeze", "same/partial_unfreeze"),
-    "pretrained": ("float32/full", "random weights/full"),
+    "pretrained": ("later/full", "random weights/full"),
     "more, probe": ("main/linear_probe", "fewer/linear_probe"),
     "more, partial": ("main/partial_unfreeze", "fewer/partial_unfreeze"),
 }
@@ -316,7 +316,8 @@ def scopes_of(groups):
 
     On as many images as small: "px64/full" and so on, "fewer/full" of main's image size; also, of small's
     size, "same/full" and, by its variant, "float32/full". These have the same seeds, so that a difference
-    between them does not come from the seed. "best" is main's best on validation.
+    between them does not come from the seed. "later/full" is in float32, too, from another machine than most
+    runs if there is one. "best" is main's best on validation.
     """
     here = usual_machine(groups)
     groups = sorted(groups, key=lambda group: machine(group) == here)  # the last of a name is taken
@@ -335,9 +336,10 @@ def scopes_of(groups):
     scopes = {"main": at(main), "small": at(small), "same": same_seeds(small)}
     scopes["fewer"] = same_seeds((small[0], main[1])) if main[0] > small[0] else []
     scopes |= {f"px{px}": same_seeds((small[0], px)) for px in (64, 112, 224)}
-    scopes |= {
-        name: same_seeds(small, name) for name in ("augmented", "no cache", "float32", "random weights")
-    }
+    scopes |= {name: same_seeds(small, name) for name in ("augmented", "no cache", "random weights")}
+    float32 = same_seeds(small, "float32")
+    scopes |= {"float32": float32, "recipe": same_seeds(small, "float32, lr 0.0005, epochs 20")}
+    scopes["later"] = [group for group in float32 if machine(group) != here] or float32
     named = {f"{name}/{group['regime']}": group for name, members in scopes.items() for group in members}
     return named | {"best": max(scopes["main"], key=lambda group: group.mean("val_accuracy"))}
 
@@ -387,9 +389,6 @@ def alike_numbers(group):
     worst = np.argsort(f1, kind="stable")[:4]
     misread = sum(confusion[k, look == look[k]].sum() - confusion[k, k] for k in worst)
     return {
-        "first": "/".join(ALIKE[0]),
-        "hits": f"{hits[ALIKE[0]]:,}",
-        "guesses": f"{guesses[ALIKE[0]]:,}",
         "all hits": f"{sum(hits[kind] for kind in ALIKE):,}",
         "all guesses": f"{sum(guesses[kind] for kind in ALIKE):,}",
         "worst": ", ".join(f"{classes[k]} ({f1[k]:.2f})" for k in worst),
