@@ -936,6 +936,34 @@ def otsu(values):
     return edges[1:][between.argmax()]
 
 
+def crop_to_sheet(picture):
+    """A grey Image cropped to the sheet of paper in it, what is around the sheet painted like paper.
+
+    Unchanged if it shows no sheet: a light rectangle with marks on it, away from the picture's edge.
+    """
+    grey = ndimage.gaussian_filter(np.asarray(ImageOps.contain(picture, (200, 200)), np.float32), 1)
+    labels, count = ndimage.label(grey > otsu(grey))
+    if not count:
+        return picture
+    sheet = labels == np.bincount(labels.ravel())[1:].argmax() + 1
+    filled = ndimage.binary_fill_holes(sheet)
+    rows, columns = ndimage.find_objects(filled.astype(int))[0]
+    box = np.array([columns.start, rows.start, columns.stop, rows.stop])
+    inside = (box[:2] > 0).all() and (box[2:] < filled.shape[::-1]).all()
+    # of the boxes around it in all directions, a rectangle fills the smallest
+    (y, x), a = filled.nonzero(), np.radians(np.arange(0, 90, 3))[:, None]
+    width = np.ptp(x * np.cos(a) + y * np.sin(a), 1) + 1
+    height = np.ptp(y * np.cos(a) - x * np.sin(a), 1) + 1
+    area, marks = filled.sum(), filled.sum() - sheet.sum()
+    rectangle = area > 0.08 * filled.size and area > 0.9 * (width * height).min()
+    if not (inside and rectangle and marks > 0.003 * area):
+        return picture
+    mask = Image.fromarray(ndimage.binary_erosion(filled, iterations=3)).resize(picture.size)
+    paper = Image.new("L", picture.size, int(np.median(grey[sheet])))
+    corners = (box * max(picture.size) / 200).astype(int).tolist()
+    return Image.composite(picture, paper, mask).crop(corners)
+
+
 def choose_parts(mask):
     """(Mask of the connected parts of a mask [H, W] that form the character, a warning or None)."""
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
@@ -988,7 +1016,7 @@ def find_ink(picture, name, small=60):
 
 def read_digit(path):
     """A picture's digit, placed as in MNIST: uint8 [28, 28], and a warning or None."""
-    square, warning = find_ink(open_picture(path), path)
+    square, warning = find_ink(crop_to_sheet(open_picture(path)), path)
     image = np.pad(np.asarray(square.resize((20, 20), Image.Resampling.BICUBIC), np.float32), 4)
     shift = np.rint(13.5 - np.array(ndimage.center_of_mass(image))).clip(-4, 4).astype(int)
     image = np.roll(image, shift, (0, 1))  # its centre of mass in the middle

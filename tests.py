@@ -1124,6 +1124,17 @@ def hand(p):
     return 0.45 * (np.hypot((p.along - 1) / far, p.across / wide) < 1)
 
 
+def note(p):
+    """A sheet that covers a fifth of the picture, askew on a wooden table."""
+    sheet = (
+        to_picture(p.picture).resize((180, 180)).convert("RGBA").rotate(p.rng.uniform(-10, 10), expand=True)
+    )
+    wood = paint(0.1 * texture(p.rng, (3, 40)), (120, 85, 60), (255, 255, 255))
+    table = to_picture(ndimage.gaussian_filter(wood, (1, 1, 0))).convert("RGBA")
+    table.alpha_composite(sheet, tuple(p.rng.integers(5, 170, 2).tolist()))
+    return np.asarray(table.convert("RGB"))
+
+
 def ball_pen(p):
     """The strokes' middle, a few pixels wide."""
     deep = ndimage.distance_transform_edt(p.cover > 0.5)
@@ -1167,6 +1178,7 @@ KINDS = {  # the reading was tuned with these
     "sheet on a dark table": dict(
         scale=7, finish=lambda p: np.where(p.edge[..., None] < 45, (105, 75, 55), p.picture)
     ),
+    "note on a table": dict(scale=9, finish=note),
     "printed boxes": dict(
         scale=3,
         marks=lambda p: (abs(p.rows - 200) < 64) & ((abs(p.rows - 200) > 60) | ((p.columns + 5) % 130 < 3)),
@@ -1392,7 +1404,7 @@ class Import(Case):
 
     def test_reading_is_the_same(self):
         """What stands in both scripts is the same: what is mended in one is mended in the other."""
-        reading = ("open_picture", "above_paper", "otsu", "choose_parts", "find_ink")
+        reading = ("open_picture", "above_paper", "otsu", "crop_to_sheet", "choose_parts", "find_ink")
         names = (*reading, "device_name", "git_commit", "duration")
         for name in names:
             self.assertEqual(inspect.getsource(getattr(c, name)), inspect.getsource(getattr(r, name)), name)

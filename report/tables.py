@@ -205,9 +205,10 @@ def recipe_table(results):
     for row in rows.values():
         decay = constant("cnn_from_scratch.py", "WEIGHT_DECAY") if row["schedule"] == "onecycle" else 0
         row["weight_decay"] = decay
-    rows |= {
-        "task 2, " + group["regime"]: group["stages"][0] for group in resnet if group["regime"] != "gradual"
-    }
+    for group in resnet:
+        course = ", the course's recipe" if "lr" in group["variant"] else ""
+        if group["regime"] != "gradual":
+            rows["task 2, " + group["regime"] + course] = group["stages"][0]
     keys = "lr", "momentum", "weight_decay", "batch_size", "epochs", "warmup_epochs", "patience"
     head = "", "learning rate", "momentum", "weight decay", "batch size", "epochs", "warm-up", "patience"
     return [head, *([name, *(f"{row[k]:g}" if k in row else "" for k in keys)] for name, row in rows.items())]
