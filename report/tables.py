@@ -74,6 +74,7 @@ def read_groups(results):
             "random weights": arguments.get("weights") == "none",
         }
         own = [f"{k} {arguments[k]:g}" for k in ("lr", "epochs", "batch_size") if arguments.get(k)]
+        own = ["course's recipe"] if own == ["lr 0.0005", "epochs 20"] else own
         run["variant"] = ", ".join([name for name, on in switched.items() if on] + own)
         run["device"] = run["device"].replace("(1 threads)", "(1 thread)")  # an older run's
         run["recipe"] = tuple(arguments.get(k) for k in RECIPE)
@@ -206,7 +207,7 @@ def recipe_table(results):
         decay = constant("cnn_from_scratch.py", "WEIGHT_DECAY") if row["schedule"] == "onecycle" else 0
         row["weight_decay"] = decay
     for group in resnet:
-        course = ", the course's recipe" if "lr" in group["variant"] else ""
+        course = ", the course's recipe" if "course" in group["variant"] else ""
         if group["regime"] != "gradual":
             rows["task 2, " + group["regime"] + course] = group["stages"][0]
     keys = "lr", "momentum", "weight_decay", "batch_size", "epochs", "warmup_epochs", "patience"
@@ -339,7 +340,7 @@ def scopes_of(groups):
     scopes |= {f"px{px}": same_seeds((small[0], px)) for px in (64, 112, 224)}
     scopes |= {name: same_seeds(small, name) for name in ("augmented", "no cache", "random weights")}
     float32 = same_seeds(small, "float32")
-    scopes |= {"float32": float32, "recipe": same_seeds(small, "float32, lr 0.0005, epochs 20")}
+    scopes |= {"float32": float32, "recipe": same_seeds(small, "float32, course's recipe")}
     scopes["later"] = [group for group in float32 if machine(group) != here] or float32
     named = {f"{name}/{group['regime']}": group for name, members in scopes.items() for group in members}
     return named | {"best": max(scopes["main"], key=lambda group: group.mean("val_accuracy"))}
