@@ -406,11 +406,13 @@ PY
   as scancel "$again"
   finish "$again"
   power_on g2-a
+  exec 8>>"$P/.git/jobs.lock" && flock 8 # as another job that pulls: this one waits before its work
   again=$(submit --nodelist=g2-a run_cnn.sbatch --dataset digits)
-  wait_for 90 "its set-up" pgrep -u "$uid" -f 'python -c .*platform' >/dev/null
+  wait_for 90 "its set-up" pgrep -u "$uid" -x flock >/dev/null
   for p in $(processes "SLURM_JOB_ID=$again"); do kill -TERM "$p" 2>/dev/null; done
   check "a shutdown before the work begins" wait_for 30 "the stop" logged "$again" 'stopped from outside'
   check "... the job stays, too" is "$again" RUNNING
+  exec 8>&-
   as scancel "$again"
   finish "$again"
 }
