@@ -239,11 +239,10 @@ class Conv2D(Module):
         Ho, Wo = output_size("Conv2D", x, self.kernel, self.stride, self.padding)
         check(self.W.shape[2:] == self.kernel, f"Conv2D: W is {list(self.W.shape)}, the kernel {self.kernel}")
         O, N = len(self.W), len(x)
-        if self.b is not None:
-            check_bias("Conv2D", self.b, O, self.W)
         cols = self.im2col(x, Ho, Wo)  # K, L
         y = product(self.W.reshape(O, -1), cols)  # O, L
         if self.b is not None:
+            check_bias("Conv2D", self.b, O, self.W)
             y += self.b[:, None]
         out = y.view(O, Ho, Wo, N).permute(3, 0, 1, 2)  # N, O, Ho, Wo
         out.cols = cols  # dW needs the same matrix: kept, not made again

@@ -381,21 +381,28 @@ def split_at(model, trains, amp):
     return frozen, head
 
 
+def read_best(path):
+    """(model in evaluation mode, on the CPU; best.pt's content); InputError if it can't be used."""
+    try:
+        best = read_tensors(path)
+        best["image_size"] = int(best["image_size"])
+        model = build_model(len(best["classes"]), None, 0)
+        model.load_state_dict(best["model"])
+        if not all(torch.isfinite(p).all() for p in model.state_dict().values()):
+            raise ValueError("a weight is not finite")
+        return model.eval(), best
+    except Exception as e:  # unpickling fails in many ways
+        raise InputError(f"{path} is damaged or not this script's best.pt ({one_line(e)})") from e
+
+
 def load_model(path):
     """A run's best.pt -> (model in evaluation mode, on the CPU; classes, a string; image size in pixels).
 
     logits = model(prepare(images, size)) for images uint8 [N, 28, 28], upright, light on dark. Raises
     InputError if the file is damaged or not a best.pt.
     """
-    try:
-        best = read_tensors(path)
-        model = build_model(len(best["classes"]), None, 0)
-        model.load_state_dict(best["model"])
-        if not all(torch.isfinite(p).all() for p in model.state_dict().values()):
-            raise ValueError("a weight is not finite")
-        return model.eval(), best["classes"], int(best["image_size"])
-    except Exception as e:  # unpickling fails in many ways
-        raise InputError(f"{path} is damaged or not this script's best.pt ({one_line(e)})") from e
+    model, best = read_best(path)
+    return model, best["classes"], best["image_size"]
 
 
 # ---------------------------------------------------------------------------------------------- frozen layers
@@ -1065,15 +1072,15 @@ def training_figures(name, trainer):
 
 def evaluate(args):
     """--evaluate best.pt: the test set with a checkpoint's weights; metrics and pictures in --out."""
-    model, classes, size = load_model(args.evaluate)
-    run, name = Run(args), Path(args.evaluate).name
+    model, best = read_best(args.evaluate)
+    run, classes, name = Run(args), best["classes"], Path(args.evaluate).name
     if run.world > 1:
         raise InputError("--evaluate runs in one process")
-    trained = read_tensors(args.evaluate).get("amp", "auto")
-    if args.amp != "auto" or (trained == "fp16" and run.device.type != "cuda"):
-        trained = args.amp
-    amp = choose_amp(trained, run.device)
-    settings = {"limit": 0, "image_size": size, "amp": amp}  # as the run was tested
+    amp, trained = args.amp, best.get("amp", "auto")
+    if amp == "auto" and not (trained == "fp16" and run.device.type != "cuda"):
+        amp = trained
+    amp = choose_amp(amp, run.device)
+    settings = {"limit": 0, "image_size": best["image_size"], "amp": amp}  # as the run was tested
     run.settings = argparse.Namespace(**vars(args) | settings)
     out = make_folder(args.out or f"results/resnet18-evaluate-{datetime.now():%Y%m%d-%H%M%S}")
     refuse_run_folder(out)

@@ -332,10 +332,8 @@ class SideBySide(Case):
         convolution, linear = c.Conv2D(1, 3, 3, padding=1, **DOUBLE), c.Linear(27, 5, **DOUBLE)
         mine = convolution.W, convolution.b, linear.w, linear.b
         W, b, w, d = theirs = [p.clone().requires_grad_() for p in mine]
-        model, criterion = (
-            c.Sequential(convolution, c.ReLU(), c.MaxPool2D(2), c.Flatten(), linear),
-            c.CrossEntropy(),
-        )
+        model = c.Sequential(convolution, c.ReLU(), c.MaxPool2D(2), c.Flatten(), linear)
+        criterion = c.CrossEntropy()
 
         logits = model(x)
         loss = criterion(logits, targets)
@@ -1126,9 +1124,8 @@ def hand(p):
 
 def note(p):
     """A sheet that covers a fifth of the picture, askew on a wooden table."""
-    sheet = (
-        to_picture(p.picture).resize((180, 180)).convert("RGBA").rotate(p.rng.uniform(-10, 10), expand=True)
-    )
+    sheet = to_picture(p.picture).resize((180, 180)).convert("RGBA")
+    sheet = sheet.rotate(p.rng.uniform(-10, 10), expand=True)
     wood = paint(0.1 * texture(p.rng, (3, 40)), (120, 85, 60), (255, 255, 255))
     table = to_picture(ndimage.gaussian_filter(wood, (1, 1, 0))).convert("RGBA")
     table.alpha_composite(sheet, tuple(p.rng.integers(5, 170, 2).tolist()))

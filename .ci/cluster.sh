@@ -235,6 +235,7 @@ there() { ls "$@" >/dev/null; } # all of these files
 shown() { log "$1" | grep -E -m 1 -e "$2" | sed 's/^/      | /'; }
 folder() { compgen -G "$P/results/*-$1"; }
 finish() { wait_for "${2:-300}" "job $1 to end" ended "$1"; } # finish JOB [SECONDS]
+requeued() { [ "$(field "$1" Restarts)" = 1 ]; } # once
 exit_status() { field "$1" ExitCode | cut -d: -f1; }
 restart() { # SLURM lets a requeued job wait two minutes, here two seconds
   wait_for 180 "job $1 to be requeued" is "$1" "PENDING" && sleep 2 &&
@@ -401,8 +402,7 @@ PY
   check "... and the job stays until the machine is gone" is "$again" RUNNING
   power_off g2-a
   down g2-a
-  restarts() { [ "$(field "$again" Restarts)" = 1 ]; }
-  check "... so that SLURM restarts it" wait_for 90 "the requeue" restarts
+  check "... so that SLURM restarts it" wait_for 90 "the requeue" requeued "$again"
   as scancel "$again"
   finish "$again"
   power_on g2-a
@@ -455,8 +455,7 @@ PY
   two=$(submit --nodes=2 run_resnet.sbatch "${endless[@]}")
   wait_for 240 "a checkpoint" training "$two"
   power_off g2-b
-  restarted() { [ "$(field "$two" Restarts)" = 1 ]; }
-  check "a lost node: requeued, no hang" wait_for 240 "the requeue" restarted
+  check "a lost node: requeued, no hang" wait_for 240 "the requeue" requeued "$two"
   down g2-b
   sleep 2 # a job that starts again within a second of its end has its credentials refused
   power_on g2-b
@@ -494,7 +493,6 @@ point_7() { # the array and the merge
   shown "$first" '^go on with'
 }
 two_train() { [ "$(compgen -G "$P/results/resnet18-*-${job}_*/*/last.pt.prev" | wc -l)" = 2 ]; }
-requeued() { [ "$(field "$1" Restarts)" = 1 ]; }
 
 point_8() { # what can be missing
   local job elsewhere seconds file log
