@@ -489,8 +489,8 @@ point_7() { # the array and the merge
   as scancel "$job"
   finish "$job"
   check "... cancelled, it says how to go on" \
-    logged "$first" "^go on with: OUT_DIR=.*${job}_0 sbatch --array=0 run_resnet.sbatch --dataset digits"
-  shown "$first" '^go on with'
+    logged "$first" "^continue with: OUT_DIR=.*${job}_0 sbatch --array=0 run_resnet.sbatch --dataset digits"
+  shown "$first" '^continue with'
 }
 two_train() { [ "$(compgen -G "$P/results/resnet18-*-${job}_*/*/last.pt.prev" | wc -l)" = 2 ]; }
 
