@@ -112,9 +112,9 @@ def upstream(out):
     g = getattr(out, "g", None)
     if g is None:
         raise RuntimeError(
-            "the output's gradient is not set: assign out.g before backward() (CrossEntropy sets it on the "
-            "very tensor that it was called with). build_cnn() runs pooling before ReLU: call the model's "
-            "backward(), not its layers' one by one"
+            "the last call's output has no gradient: first call criterion.backward(), or assign out.g "
+            "(CrossEntropy sets it on the very tensor that it was called with). In build_cnn()'s model, "
+            "pooling runs before ReLU: call the model's backward(), not its layers' one by one"
         )
     check(isinstance(g, torch.Tensor), f"the gradient is a {type(g).__name__}, expected a tensor")
     check(g.shape == out.shape, f"the gradient has shape {list(g.shape)}, the output {list(out.shape)}")
@@ -342,8 +342,9 @@ class MaxPool2D(Module):
             larger.append(torch.gt(element, out, out=torch.empty_like(out)))
             out = torch.maximum(out, element)
         p, s = self.padding[dim - 2], self.stride[dim - 2]
-        # only for inputs of -inf: element p - start is the first real one of a window that starts in the
-        # padding; if it is -inf too, > misses it and the gradient would go to the padding, so mark it
+        # only for inputs of -inf: in a window that starts in the padding, the first p - start elements are
+        # padding. If the image's are all -inf as well, none exceeds them and the gradient would go to the
+        # padding, so mark the image's first element, whatever its value: a larger one after it still wins
         for window, start in enumerate(range(0, p, s)[: out.shape[dim]]):
             larger[p - start - 1].select(dim, window).fill_(1)
         out.larger = larger
@@ -372,7 +373,7 @@ class Flatten(Module):
 
     def forward(self, x):
         check(x.dim() > 1, f"Flatten: the input is {list(x.shape)}, expected at least two dimensions")
-        # a copy: whoever changes x and calls again may still hold this output
+        # a copy, so that the output keeps its values when the caller changes x in place
         return x.clone(memory_format=torch.contiguous_format).view(len(x), math.prod(x.shape[1:]))
 
     def bwd(self, out, x):
@@ -388,10 +389,11 @@ class CrossEntropy(Module):
     """
 
     def forward(self, logits, targets):
-        check_input("CrossEntropy", logits, (None, None))
         kind = type(targets).__name__
         check(isinstance(targets, torch.Tensor), f"CrossEntropy: the targets are a {kind}, expected a tensor")
-        check_input("CrossEntropy's targets", targets, (len(logits),))
+        shapes = f"logits {list(logits.shape)} and targets {list(targets.shape)}"
+        fits = logits.dim() == 2 and targets.shape == logits.shape[:1]
+        check(fits, f"CrossEntropy: {shapes}, expected [N, classes] and [N], not one-hot")
         kind, classes = targets.dtype, logits.shape[1]
         integer = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
         check(integer, f"CrossEntropy: targets are {kind}, expected class numbers of an integer type")
@@ -434,11 +436,9 @@ class Sequential(Module):
     def __init__(self, *layers, reorder=False):
         for layer in layers:
             is_layer = hasattr(layer, "bwd") and hasattr(layer, "parameters") and not isinstance(layer, type)
-            name = f"{layer!r} ({type(layer).__module__})"  # torch.nn has a ReLU, too
-            check(
-                is_layer,
-                f"Sequential: {name} is not a layer, a Module with bwd(); expected Sequential(ReLU(), ...)",
-            )
+            kind = f"{type(layer).__module__}.{type(layer).__name__}"  # torch.nn has a ReLU, too
+            text = "layers with bwd(), as in Sequential(Linear(4, 3), ReLU())"
+            check(is_layer, f"Sequential: {layer!r} is a {kind}, expected {text}")
         self.layers, self.reorder, self.tape = list(layers), reorder, []
         keep_freed_memory()
 
@@ -498,8 +498,10 @@ class SGD:
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
             check(value >= 0, f"SGD: {name} is {value}, expected at least 0")
         check(momentum > 0 or not nesterov, "SGD: nesterov needs a momentum above 0")
-        check(not isinstance(params, torch.Tensor), "SGD: expected a list of parameters, got a tensor")
-        self.params, self.lr, self.momentum = list(params), lr, momentum
+        listed = hasattr(params, "__iter__") and not isinstance(params, torch.Tensor)
+        self.params, self.lr, self.momentum = list(params) if listed else [params], lr, momentum
+        fits = listed and all(isinstance(p, torch.Tensor) for p in self.params)
+        check(fits, "SGD: expected a list of tensors, as from model.parameters()")
         self.nesterov, self.weight_decay = nesterov, weight_decay
         self.velocity = [None] * len(self.params)
 
@@ -542,7 +544,7 @@ def product(a, b):
     # on a CPU in float32, with few rows and very many columns, oneDNN's product is faster than a @ b: a step
     # takes 5 to 20 % less time; torch.compile's code calls the same operator
     if ONEDNN_PRODUCT and a.is_cpu and a.dtype == torch.float32 and a.numel() and b.numel():
-        return ONEDNN_PRODUCT(a, b.t(), None, "none", [], "")
+        return ONEDNN_PRODUCT(a, b.t(), None, "none", [], "")  # neither bias nor activation
     return a @ b
 
 
@@ -666,8 +668,8 @@ def batches(images, labels, size, generator, shift):
     windows = F.pad(images, (shift,) * 4).unfold(1, 28, 1).unfold(2, 28, 1)  # n, 2·shift+1, 2·shift+1, 28, 28
     order = torch.randperm(len(images), generator=generator).to(images.device)
     top, left = torch.randint(2 * shift + 1, (2, len(images)), generator=generator).to(images.device)
-    for rows, y, x in zip(order.split(size), top.split(size), left.split(size)):
-        yield to_input(windows[rows, y, x]), labels[rows]
+    for rows, i, j in zip(order.split(size), top.split(size), left.split(size)):
+        yield to_input(windows[rows, i, j]), labels[rows]
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -840,18 +842,18 @@ def save_filters(path, title, model, image, label):
     filters = model.layers[0].W[:, 0].cpu()  # 8, 3, 3
     limit = float(filters.abs().max())
     figure = Figure(figsize=(9.2, 6.2), layout="constrained")
-    figure.suptitle(f"{title}: what the filters have learnt", fontsize=11)
+    figure.suptitle(f"{title}: what the filters have learnt", fontsize=13)
     left, right = figure.subfigures(1, 2, width_ratios=(1.35, 8))
     axes = left.add_subplot(xticks=[], yticks=[])
-    axes.set_title(f"a test digit, {label}\n(28×28)", fontsize=9)
+    axes.set_title(f"test digit {label}\n(28×28)", fontsize=12)
     axes.imshow(image.cpu(), cmap="gray")
     first = f"first layer: its 3×3 filters, weights from {-limit:.1f} (red) to {limit:.1f} (blue)"
-    match = "what each filter makes of the digit, after ReLU: bright is a large output (28×28)"
+    match = "what each filter makes of the digit, after ReLU (28×28): bright is large"
     second = "second layer: each map combines all eight above, after ReLU and pooling (7×7)"
     rows = (first, filters, "RdBu", -limit), (match, maps[1], "gray", 0), (second, maps[5], "gray", 0)
     parts = right.subfigures(3, 1, height_ratios=(1, 1, 1.85))
     for part, (heading, images, colours, low) in zip(parts, rows):
-        part.suptitle(heading, fontsize=9)
+        part.suptitle(heading, fontsize=12)
         for axes, picture in zip(part.subplots(len(images) // 8, 8).flat, images):
             # one scale for all of a row: on a scale of its own, a filter that finds nothing would look busy
             axes.imshow(picture, cmap=colours, vmin=low, vmax=float(images.abs().max()))
@@ -930,7 +932,8 @@ def above_paper(grey):
 def otsu(values):
     """The threshold that maximises the variance between the two classes (Otsu 1979)."""
     counts, edges = np.histogram(values, 256)
-    n, total = counts.cumsum(), (counts * edges[1:]).cumsum()
+    n, total = counts.cumsum(), (counts * edges[1:]).cumsum()  # of the values up to each threshold
+    # n · (N - n) · (difference of the two means)², but for a factor
     between = (total[-1] * n - total * n[-1]) ** 2 / (n * (n[-1] - n)).clip(1)
     return edges[1:][between.argmax()]
 
@@ -973,7 +976,7 @@ def choose_parts(mask):
     # table, ruled line and punched hole reach the edge of the picture
     wanted = (top > 0) & (left > 0) & (bottom < mask.shape[0]) & (right < mask.shape[1])
     warning = None
-    if not (wanted & (size > 8)).any():  # specks apart, everything touches the edge
+    if not (wanted & (size > 8)).any():  # apart from specks, everything touches the edge
         wanted[:], warning = True, "the character touches the edge"
     main = np.where(wanted, area, 0).argmax()
     frame = (top < top[main]) & (left < left[main]) & (bottom > bottom[main]) & (right > right[main])
@@ -991,7 +994,8 @@ def choose_parts(mask):
 def find_ink(picture, name, small=60):
     """(The character in a grey Image, as a square one, light on dark; a warning or None).
 
-    Raises InputError, naming the picture, if nothing stands out from the paper.
+    Raises InputError, naming the picture, if nothing stands out from the paper. The numbers here and in
+    choose_parts() were chosen on the photographs that tests.py makes (report/LOG.md).
     """
     dark = above_paper(np.asarray(ImageOps.contain(picture, (200, 200)), np.float32))
     threshold = otsu(dark)
@@ -1030,13 +1034,15 @@ def load_weights(path, model):
         if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load doesn't verify checksums
             raise ValueError("a checksum does not fit")
         weights = dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        if "model" in weights:
+            raise ValueError("it is resnet18.py's")
         shapes = [{name: list(p.shape) for name, p in some.items()} for some in (weights, named(model))]
         if shapes[0] != shapes[1]:
             raise ValueError("it has {}, the model {}".format(*shapes))
         for name, p in named(model).items():
             p.copy_(weights[name])
     except Exception as e:  # unpickling fails in many ways
-        raise InputError(f"--checkpoint {path}: not a run's best.pt ({one_line(e, 120)})") from e
+        raise InputError(f"{path} is not a best.pt of this network ({one_line(e, 400)})") from e
 
 
 def predict(args):

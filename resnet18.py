@@ -12,7 +12,7 @@ The last lines of a run (12,000 images at 64 px; EMNIST ByClass 116k/16k re-spli
 ImageNet weights, two cores of an AMD EPYC without bf16, torch 2.14, seed 0, six and a half minutes in all):
 
     partial_unfreeze reaches 83.14% against 75.73% of linear_probe (+7.41 points, macro-F1 +0.0840) for 7.5x
-    the training time, 0.5x the trained samples and 265x the trainable parameters.
+    the training time, 0.5x the samples seen and 265x the trainable parameters.
 
 From an image's file to the test accuracy (N images of a batch, S --image-size, K classes):
 
@@ -177,7 +177,7 @@ def emnist_files(root):
 def download_emnist(root):
     """Downloads torchvision's archive, checks it, unpacks it aside and moves complete files into place."""
     beside, raw = Path(root) / ".download", Path(root) / "EMNIST" / "raw"
-    offline = f"put the four files emnist-byclass-*-ubyte into {raw}, or use --dataset digits"
+    offline = f"put the four files emnist-byclass-*-ubyte into {raw}, or name their --data-dir"
     with download("EMNIST (536 MB)", torchvision.datasets.EMNIST.url, Path(root), "--data-dir", offline):
         if all(path.exists() for path in emnist_files(root)):
             return  # another process was faster
@@ -236,7 +236,7 @@ def load_data(dataset, folder):
         return load_digits() if dataset == "digits" else load_emnist(folder)
     except DownloadError as e:
         if dataset != "auto":
-            raise
+            raise DownloadError(f"{e}, or use --dataset digits") from e
         banner(f"{e}\nFALLING BACK to scikit-learn's digits: 10 classes, 8x8 pixels")
         return load_digits()
 
@@ -1082,9 +1082,10 @@ def evaluate(args):
     amp = choose_amp(amp, run.device)
     settings = {"limit": 0, "image_size": best["image_size"], "amp": amp}  # as the run was tested
     run.settings = argparse.Namespace(**vars(args) | settings)
-    out = make_folder(args.out or f"results/resnet18-evaluate-{datetime.now():%Y%m%d-%H%M%S}")
+    out = Path(args.out or f"results/resnet18-evaluate-{datetime.now():%Y%m%d-%H%M%S}")
     refuse_run_folder(out)
     data = load_digits() if len(classes) == 10 else load_emnist(args.data_dir)
+    make_folder(out)
     split_data(data, run.settings)
     data.to(run.device)
     # nothing trains; with "fc", `frozen` is all of the blocks
@@ -1207,6 +1208,8 @@ def read_metrics(path):
     row = json.loads(path.read_bytes())
     if not isinstance(row, dict) or row.get("checksum") not in (None, checksum(row)):  # None: an older run
         raise ValueError("it has been changed since the run wrote it")
+    if "checkpoint" in row:
+        raise ValueError("it is the result of --evaluate, not of a run")
     wrong = [k for k in TEXTS if not isinstance(row.get(k), str)]
     wrong += [k for k in NUMBERS if type(row.get(k)) not in (int, float) or not 0 <= row[k] < 1e15]
     if wrong:
@@ -1218,8 +1221,8 @@ def label_rows(rows):
     """Gives every row a label: the regime and, where several rows have the same one, what differs."""
     for row in rows:
         same = [r for r in rows if r["regime"] == row["regime"]]
-        differ = [k for k in DIFFERENCES if len({str(r.get(k)) for r in same}) > 1 and row.get(k) is not None]
-        words = [DIFFERENCES[k].format(row[k]) for k in differ]
+        values = {k: {str(r[k]) for r in same if k in r} for k in DIFFERENCES}  # an older run lacks some
+        words = [DIFFERENCES[k].format(row[k]) for k in DIFFERENCES if len(values[k]) > 1 and k in row]
         if len(same) > 1 and not words:
             words = [f"run {same.index(row) + 1}"]
         row["label"] = row["regime"] + (f" ({', '.join(words)})" if words else "")
@@ -1240,7 +1243,7 @@ def trade_off(rows):
     return (
         f"{best['label']} reaches {best['test_accuracy']:.2%} against {cheap['test_accuracy']:.2%} of "
         f"{cheap['label']} ({100 * accuracy:+.2f} points, macro-F1 {f1:+.4f}) for {time_x:.1f}x the training "
-        f"time, {samples_x:.1f}x the trained samples and {params_x:.0f}x the trainable parameters."
+        f"time, {samples_x:.1f}x the samples seen and {params_x:.0f}x the trainable parameters."
     )
 
 
@@ -1278,7 +1281,7 @@ def compare(args):
             try:
                 rows.append(read_metrics(path))
             except (OSError, ValueError) as e:
-                raise InputError(f"--compare: {path} is damaged or not this script's ({one_line(e)})") from e
+                raise InputError(f"--compare: {path} can't be used ({one_line(e)})") from e
             if rows[-1].get("dry_run"):
                 raise InputError(f"--compare: {path} comes from a dry run and means nothing")
     if not rows:
@@ -1404,7 +1407,7 @@ def draw_comparison(path, rows, dry):
     curves = [[100 * a for a in r.get("val_accuracies", [])] for r in rows]  # an older run has none
     columns, colours = (3 if any(curves) else 2), COLOURS * len(rows)
     figure, axes = new_figure(15, 4.4, 1, columns, dry)
-    costs = {"train_seconds": "training time (s), caches included", "update_budget": "trained samples"}
+    costs = {"train_seconds": "training time (s), caches included", "update_budget": "samples seen"}
     for ax, (cost, label) in zip(axes[0], costs.items()):
         for r, colour in zip(rows, colours):
             for key, marker in (("test_accuracy", "o"), ("test_f1_macro", "^")):
@@ -1480,7 +1483,8 @@ def above_paper(grey):
 def otsu(values):
     """The threshold that maximises the variance between the two classes (Otsu 1979)."""
     counts, edges = np.histogram(values, 256)
-    n, total = counts.cumsum(), (counts * edges[1:]).cumsum()
+    n, total = counts.cumsum(), (counts * edges[1:]).cumsum()  # of the values up to each threshold
+    # n · (N - n) · (difference of the two means)², but for a factor
     between = (total[-1] * n - total * n[-1]) ** 2 / (n * (n[-1] - n)).clip(1)
     return edges[1:][between.argmax()]
 
@@ -1523,7 +1527,7 @@ def choose_parts(mask):
     # table, ruled line and punched hole reach the edge of the picture
     wanted = (top > 0) & (left > 0) & (bottom < mask.shape[0]) & (right < mask.shape[1])
     warning = None
-    if not (wanted & (size > 8)).any():  # specks apart, everything touches the edge
+    if not (wanted & (size > 8)).any():  # apart from specks, everything touches the edge
         wanted[:], warning = True, "the character touches the edge"
     main = np.where(wanted, area, 0).argmax()
     frame = (top < top[main]) & (left < left[main]) & (bottom > bottom[main]) & (right > right[main])
@@ -1541,7 +1545,8 @@ def choose_parts(mask):
 def find_ink(picture, name, small=60):
     """(The character in a grey Image, as a square one, light on dark; a warning or None).
 
-    Raises InputError, naming the picture, if nothing stands out from the paper.
+    Raises InputError, naming the picture, if nothing stands out from the paper. The numbers here and in
+    choose_parts() were chosen on the photographs that tests.py makes (report/LOG.md).
     """
     dark = above_paper(np.asarray(ImageOps.contain(picture, (200, 200)), np.float32))
     threshold = otsu(dark)

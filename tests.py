@@ -567,25 +567,27 @@ class BadLayerInput(Case):
             (lambda: c.MaxPool2D(9)(image), "(9, 9)", "(8, 8)"),
             (lambda: c.MaxPool2D(2)(image[0]), "[3, 8, 8]", "any"),
             (lambda: c.Flatten()(x[0]), "[3]", "two dimensions"),
-            (lambda: loss(x[0], torch.tensor([0, 1])), "[3]", "any"),
+            (lambda: loss(x[0], torch.tensor([0, 1])), "[3]", "[N, classes]"),
             (lambda: loss(x, torch.tensor([0, 3])), "0 to 3", "0 to 2"),
             (lambda: loss(x, torch.tensor([-1, 0])), "-1 to 0", "0 to 2"),
             (lambda: loss(x, torch.tensor([0.0, 1.0])), "float32", "integer"),
             (lambda: loss(x, torch.tensor([True, False])), "bool", "integer"),
-            (lambda: loss(x, torch.tensor([0, 1, 2])), "[3]", "[2]"),
-            (lambda: loss(x, torch.tensor([[0], [1]])), "[2, 1]", "[2]"),
+            (lambda: loss(x, torch.tensor([0, 1, 2])), "[3]", "[2, 3]"),
+            (lambda: loss(x, torch.tensor([[0], [1]])), "[2, 1]", "[2, 3]"),
+            (lambda: loss(x, F.one_hot(torch.tensor([0, 1]), 3)), "[2, 3]", "not one-hot"),
+            (lambda: loss(torch.tensor([0, 1]), x), "logits [2]", "targets [2, 3]"),
             (lambda: c.Sequential(dense, c.ReLU(), dense)(x), "twice", "layer for each use"),
             (lambda: c.Sequential(dense, c.Sequential(dense))(x), "twice", "layer for each use"),
             (lambda: c.Sequential(dense, twin)(x), "twice", "layer for each use"),
-            (lambda: c.Sequential([dense, c.ReLU()]), "[<", "not a layer"),
-            (lambda: c.Sequential(dense, c.ReLU), "ReLU", "not a layer"),
-            (lambda: c.Sequential(torch.nn.ReLU()), "ReLU()", "not a layer"),
+            (lambda: c.Sequential([dense, c.ReLU()]), "[<", "a builtins.list, expected layers"),
+            (lambda: c.Sequential(dense, c.ReLU), "ReLU", "a builtins.type, expected layers"),
+            (lambda: c.Sequential(torch.nn.ReLU()), "ReLU() is a torch.nn.", "expected layers"),
             (lambda: c.SGD([], -0.1), "lr is -0.1", "at least 0"),
             (lambda: c.SGD([], math.nan), "lr is nan", "at least 0"),
             (lambda: c.SGD([], 0.1, momentum=-1), "momentum is -1", "at least 0"),
             (lambda: c.SGD([], 0.1, weight_decay=-1), "weight_decay is -1", "at least 0"),
             (lambda: c.SGD([], 0.1, nesterov=True), "nesterov", "momentum"),
-            (lambda: c.SGD(dense.w, 0.1), "a list", "a tensor"),
+            *((lambda p=p: c.SGD(p, 0.1), "list of tensors") for p in (dense.w, dense, [dense], c.Module)),
             (lambda: loss(x, [0, 1]), "list", "a tensor"),
             (lambda: wide(x), "Linear: b is", "[1]", "[4]"),
             (lambda: narrow(image), "Conv2D: b is", "[1]", "[4]"),
@@ -1359,13 +1361,15 @@ class Predict(Case):
         contents = {"empty": b"", "cut": good[:9000], "bytes": os.urandom(5000), "list": [1, 2]}
         contents |= {"resnet": {"conv1.weight": torch.zeros(64, 3, 7, 7)}, "number": torch.zeros(3)}
         contents |= {"shapes": {**weights, "0.W": torch.zeros(8, 3, 3, 3)}, "missing": None}
+        contents["other task"] = {"model": weights, "classes": "0123456789"}
         for name, content in contents.items():
             path = self.tmp / f"{name}.pt"
             if isinstance(content, bytes):
                 path.write_bytes(content)
             elif content is not None:
                 torch.save(content, path)
-            says = [f"--checkpoint {path}"]
+            why = "it is resnet18.py's" if name == "other task" else "("
+            says = [f"{path} is not a best.pt of this network", why]
             self.refused("--predict", self.tmp / "seven.png", "--checkpoint", path, says=says)
         model, path, refused = c.build_cnn("cpu"), self.tmp / "flipped.pt", 0
         for _ in range(100):

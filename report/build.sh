@@ -2,7 +2,7 @@
 # report.pdf from the results of runs:
 #
 #   report/build.sh                 from report/results
-#   report/build.sh RESULTS_DIR     from another folder, for instance results/ with your own runs
+#   report/build.sh RESULTS_DIR     from another folder, such as results/report with your own runs
 #
 #   AUTHOR="Ada Lovelace"           your name under the title
 set -euo pipefail
@@ -28,5 +28,9 @@ for _ in 1 2; do # twice, for the references
 done
 last=$(sed -n 's/^.newlabel{end-of-text}{{[^}]*}{\([0-9]*\)}.*/\1/p' report.aux)
 echo "report.pdf: $(grep -o '[0-9]* page' generated/pdflatex.log | tail -n 1)s, text to page $last"
+[ "$results" = "$here/results" ] ||
+  echo "the text draws its conclusions from report/results: read them again with the new numbers"
+missing=$(grep -a '^missing: ' generated/pdflatex.log | sort -u | wc -l) || true
+((missing == 0)) || echo "n/a in $missing places: not all runs of report/experiments.sh are in $results"
 rm -f report.aux report.log report.out
 ! grep -E 'Overfull .hbox \([0-9]{2,}|undefined' generated/pdflatex.log

@@ -21,7 +21,8 @@ def draw_curves(path, lines):
                 style = {"color": colour, "marker": marker, "ms": 4, "lw": 1}
                 style["zorder"] = 9 - len(ax.lines)  # first on top: the first stage of gradual is the probe
                 ax.plot(range(1, len(values) + 1), values, label=label, **style)
-        ax.set(xlabel="epoch", ylabel=title)
+        ax.set_xlabel("epoch")
+        ax.set_ylabel(title, fontsize=9)
         ax.xaxis.get_major_locator().set_params(integer=True, nbins=6)
         ax.grid(alpha=0.3)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)

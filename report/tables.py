@@ -103,7 +103,9 @@ def constant(script, name):
 
 
 def duration(seconds):
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min"
 
 
 def mnist_cells(group):
@@ -167,23 +169,21 @@ def mnist_table(results):
 
 def emnist_table(results):
     columns = ["images", "px", "regime", "seeds", "accuracy (%)", "precision", "recall", "F1"]
-    columns += ["trainable", "epochs", "training", "in all"]
+    columns += ["trainable", "epochs", "training", "in all", "on"]
     groups = read_groups(results)[1]
     rows = [emnist_cells(group) | {"accuracy (%)": spread(group.accuracies)} for group in groups]
-    usual = usual_machine(groups) if groups else None
     for row, group in zip(rows, groups):
-        if machine(group) != usual:
-            row |= {k: f"{row[k]}*" for k in ("training", "in all")}
+        row["on"] = "ABCDEFGHIJ"[machines(groups).index(machine(group))]
     return table_of(rows, *columns)
 
 
 def machine(group):
-    return group["device"], group["torch"]
+    return f"{group['device']}, torch {group['torch'].split('+')[0]}"
 
 
-def usual_machine(groups):
-    """That of the most groups: times are comparable there."""
-    return collections.Counter(map(machine, groups)).most_common(1)[0][0]
+def machines(groups):
+    """The one of the most groups first; times can be compared within one of them."""
+    return [name for name, _ in collections.Counter(map(machine, groups)).most_common()]
 
 
 def short_list(groups):
@@ -285,9 +285,9 @@ COMPARED = {  # two groups of scopes_of(): what the first gains on the second
     "full": ("small/full", "small/partial_unfreeze"),
     "gradual": ("small/gradual", "small/partial_unfreeze"),
     "size": ("px224/partial_unfreeze", "px64/partial_unfreeze"),
-    "no cache": ("no cache/partial_unfreeze", "same/partial_unfreeze"),
+    "no cache": ("no cache/partial_unfreeze", "later/partial_unfreeze"),
     "float32": ("float32/partial_unfreeze", "same/partial_unfreeze"),
-    "augmented": ("augmented/partial_unfreeze", "same/partial_unfreeze"),
+    "augmented": ("augmented/partial_unfreeze", "later/partial_unfreeze"),
     "pretrained": ("later/full", "random weights/full"),
     "more, probe": ("main/linear_probe", "fewer/linear_probe"),
     "more, partial": ("main/partial_unfreeze", "fewer/partial_unfreeze"),
@@ -308,6 +308,7 @@ def numbers_of(results):
         named["alike"] = alike_numbers(scopes["best"])
         for group in pictured(resnet)[:1]:
             named["top"] = {"run": name_of(group)}
+    named["table"] = {"machines": "; ".join(f"{k}: {v}" for k, v in zip("ABCDEFGHIJ", machines(resnet)))}
     named["progress"] = {"points": f"{100 * constant('resnet18.py', 'MIN_DELTA'):g}"}
     named |= bench_numbers(results)
     return {f"{name}/{key}": text for name, texts in named.items() for key, text in texts.items()}
@@ -317,11 +318,11 @@ def scopes_of(groups):
     """Name -> group: "main/full" is on the most images, "small/full" of the size with the most runs.
 
     On as many images as small: "px64/full" and so on, "fewer/full" of main's image size; also, of small's
-    size, "same/full" and, by its variant, "float32/full". These have the same seeds, so that a difference
-    between them does not come from the seed. "later/full" is in float32, too, from another machine than most
-    runs if there is one. "best" is main's best on validation.
+    size, "same/full", "float32/full" and so on. These have the same seeds, so that a difference between them
+    does not come from the seed. "later/full" is in float32, too, from another machine than most runs if there
+    is one. "best" is main's best on validation.
     """
-    here = usual_machine(groups)
+    here = machines(groups)[0]
     groups = sorted(groups, key=lambda group: machine(group) == here)  # the last of a name is taken
     usual = min(group["variant"] for group in groups)  # no variant, unless all runs have one
     sizes = collections.Counter(g["size"] for g in groups if g["variant"] == usual for _ in g.runs)
@@ -338,9 +339,9 @@ def scopes_of(groups):
     scopes = {"main": at(main), "small": at(small), "same": same_seeds(small)}
     scopes["fewer"] = same_seeds((small[0], main[1])) if main[0] > small[0] else []
     scopes |= {f"px{px}": same_seeds((small[0], px)) for px in (64, 112, 224)}
-    scopes |= {name: same_seeds(small, name) for name in ("augmented", "no cache", "random weights")}
-    float32 = same_seeds(small, "float32")
-    scopes |= {"float32": float32, "recipe": same_seeds(small, "float32, course's recipe")}
+    scopes |= {name: same_seeds(small, f"{name}, float32") for name in ("augmented", "no cache")}
+    scopes |= {name: same_seeds(small, name) for name in ("random weights", "float32")}
+    scopes["recipe"], float32 = same_seeds(small, "float32, course's recipe"), scopes["float32"]
     scopes["later"] = [group for group in float32 if machine(group) != here] or float32
     named = {f"{name}/{group['regime']}": group for name, members in scopes.items() for group in members}
     return named | {"best": max(scopes["main"], key=lambda group: group.mean("val_accuracy"))}
@@ -431,7 +432,7 @@ def curves(lines):
 
 def points(groups):
     """Name, regime's number, minutes, accuracy and its deviation, by training time, on the usual machine."""
-    usual = usual_machine(groups)
+    usual = machines(groups)[0]
     for group in sorted((g for g in groups if machine(g) == usual), key=lambda g: g.cost):
         style, minutes = REGIMES.index(group["regime"]), group.cost / 60
         yield name_of(group), style, minutes, group.accuracy, group.deviation
@@ -479,7 +480,7 @@ def write_report(results, out):
         write_listing(out / f"{source[:-4]}.txt", results / "cluster" / source)
     lines = [(mnist_cells(group)["recipe"], group) for group in cnn]
     figures.draw_curves(out / "mnist-curves.pdf", curves(lines))
-    for picture, box in (("filters", (0, 25, 1400, 1400)), ("mistakes", (0, 26, 759, 340))):
+    for picture, box in (("filters", (0, 26, 1400, 1400)), ("mistakes", (0, 26, 759, 340))):
         paths = [run["folder"] / f"{picture}.png" for group in cnn for run in group.runs]
         copy_part(paths, out / f"mnist-{picture}.png", box)
     if resnet:
