@@ -571,7 +571,7 @@ class InputError(ValueError):
 # these mean an unwritable folder; anything else that stops a download is the network's fault
 FOLDER_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
-    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
 }
 
 
@@ -1245,8 +1245,9 @@ def parse(argv):
 
 
 def check_arguments(parser, args):
-    if [] in vars(args).values():  # argparse parses "--seed=--" as having no value
-        parser.error("a flag's value can't be --")
+    # argparse reads "--seed=--" as a flag without a value; "--out $OUT" may come from an unset variable
+    if any(value in ([], "", [""]) for value in vars(args).values()):
+        parser.error("a flag's value is empty or --")
     limits = {"epochs": (1, 2**31), "batch_size": (1, 2**31), "momentum": (0, 1), "seed": (-(2**63), 2**64)}
     limits["lr"] = 1e-38, 1e38  # float32 begins and ends there
     for name, (least, end) in limits.items():

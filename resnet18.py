@@ -1076,6 +1076,9 @@ def evaluate(args):
     run, classes, name = Run(args), best["classes"], Path(args.evaluate).name
     if run.world > 1:
         raise InputError("--evaluate runs in one process")
+    dataset = "digits" if len(classes) == 10 else "emnist"
+    if args.dataset not in ("auto", dataset):
+        raise InputError(f"--evaluate: {args.evaluate} comes from a run on {dataset}, not {args.dataset}")
     amp, trained = args.amp, best.get("amp", "auto")
     if amp == "auto" and not (trained == "fp16" and run.device.type != "cuda"):
         amp = trained
@@ -1084,7 +1087,7 @@ def evaluate(args):
     run.settings = argparse.Namespace(**vars(args) | settings)
     out = Path(args.out or f"results/resnet18-evaluate-{datetime.now():%Y%m%d-%H%M%S}")
     refuse_run_folder(out)
-    data = load_digits() if len(classes) == 10 else load_emnist(args.data_dir)
+    data = load_digits() if dataset == "digits" else load_emnist(args.data_dir)
     make_folder(out)
     split_data(data, run.settings)
     data.to(run.device)
@@ -1095,7 +1098,8 @@ def evaluate(args):
     row = test_metrics(data.labels["test"].cpu(), logits, classes)
     write_json(out / "metrics.json", {"checkpoint": args.evaluate, **about_run(run, data, name), **row})
     accuracy, f1 = row["test_accuracy"], row["test_f1_macro"]
-    run.say(f"{name}: test accuracy {accuracy:.2%}, macro-F1 {f1:.4f} ({data.name}); results in {out}")
+    dry = "DRY RUN, one batch: " if args.dry_run else ""
+    run.say(f"{dry}{name}: test accuracy {accuracy:.2%}, macro-F1 {f1:.4f} ({data.name}); results in {out}")
     return 0
 
 
@@ -1189,7 +1193,7 @@ DIFFERENCES = {  # how two runs of a regime may differ, and a label's words for 
     "samples_per_epoch": "{:,} training images",
     "augment": "augmented: {}",
     "learning_rate": "lr {:g}",
-    "epochs_run": "{} epochs",
+    "epochs_run": "epochs: {}",
     "amp": "amp {}",
     "processes": "{} processes",
     "device": "{}",
@@ -1213,7 +1217,7 @@ def read_metrics(path):
     wrong = [k for k in TEXTS if not isinstance(row.get(k), str)]
     wrong += [k for k in NUMBERS if type(row.get(k)) not in (int, float) or not 0 <= row[k] < 1e15]
     if wrong:
-        raise ValueError(f"{', '.join(wrong)} missing or of the wrong type")
+        raise ValueError(f"missing or of the wrong type: {', '.join(wrong)}")
     return row
 
 
@@ -1223,9 +1227,11 @@ def label_rows(rows):
         same = [r for r in rows if r["regime"] == row["regime"]]
         values = {k: {str(r[k]) for r in same if k in r} for k in DIFFERENCES}  # an older run lacks some
         words = [DIFFERENCES[k].format(row[k]) for k in DIFFERENCES if len(values[k]) > 1 and k in row]
-        if len(same) > 1 and not words:
-            words = [f"run {same.index(row) + 1}"]
         row["label"] = row["regime"] + (f" ({', '.join(words)})" if words else "")
+    labels = [row["label"] for row in rows]
+    for k, label in enumerate(labels):
+        if labels.count(label) > 1:
+            rows[k]["label"] += f" (run {labels[: k + 1].count(label)})"
 
 
 def trade_off(rows):
@@ -1852,7 +1858,7 @@ def download(what, url, folder, flag, offline):
 # the errors of a folder that can't be written; any other error of a download is the network's
 FOLDER_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
-    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
 }
 
 
@@ -1962,8 +1968,8 @@ def number(kind, low, above=None, below=math.inf):
         if above is not None and not value > above:
             raise argparse.ArgumentTypeError(f"{text} is not above {above}")
         if not low <= value < below:
-            limit = f"at least {low}" if value < low else f"below {below:g}"
-            raise argparse.ArgumentTypeError(f"{text} is not {limit}")
+            finite = "finite" if below == math.inf else f"below {below:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {f'at least {low}' if value < low else finite}")
         return value
 
     read.__name__ = "number"
@@ -2019,7 +2025,8 @@ def add_run_flags(p):
     add("--dry-run", action="store_true", help="run one batch through every phase")
     add = p.add_argument_group("instead of training").add_argument
     add("--compare", nargs="+", metavar="DIR", help="compare several finished runs; writes to --out")
-    add("--evaluate", metavar="FILE", help="test the weights of a best.pt; writes to --out")
+    text = "test the weights of a best.pt on its run's test set and image size; writes to --out"
+    add("--evaluate", metavar="FILE", help=text)
     add("--predict", nargs="+", metavar="IMAGE", help="read pictures or photographs of one character each")
     add("--checkpoint", metavar="FILE", help="best.pt of a run, for --predict")
 
@@ -2027,8 +2034,9 @@ def add_run_flags(p):
 def parse_args(argv):
     p = build_parser()
     args = p.parse_args(argv)
-    if [] in vars(args).values():  # argparse reads "--seed=--" as a flag without a value
-        p.error("a flag's value can't be --")
+    # argparse reads "--seed=--" as a flag without a value; "--out $OUT" may come from an unset variable
+    if any(value in ([], "", [""]) for value in vars(args).values()):
+        p.error("a flag's value is empty or --")
     if 0 < (args.limit or 0) < 10:
         p.error(f"--limit {args.limit}: {args.limit} is not at least 10 (0: all)")
     args.regimes = [name for text in args.regimes for name in text.split(",") if name]

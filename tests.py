@@ -977,7 +977,8 @@ class BadInput(Case):
         cases += [("--seed", v, "--seed is") for v in (str(2**64), str(-(2**63) - 1), "1" * 400)]
         cases += [("--epochs", "two", "two"), ("--schedule", "cosine", "cosine"), ("--wat", "--wat")]
         cases += [("--dataset", "cifar", "cifar"), ("--epochs", "9" * 5000, "epochs")]
-        cases += [(f"--{flag}=--", "error") for flag in ("batch-size", "seed", "lr")]
+        cases += [(f"--{flag}=--", "empty or --") for flag in ("batch-size", "seed", "lr")]
+        cases += [("--data-dir=", "empty or --"), ("--predict", "", "empty or --")]
         cases += [("--predict", "a.png", "--checkpoint"), ("--checkpoint", "best.pt", "--predict")]
         for name, there in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
             if not there.is_available():
@@ -1954,6 +1955,10 @@ class ResnetMetrics(ResnetCase):
         twins = [dict(row), dict(row)]
         r.label_rows(twins)
         self.assertEqual([t["label"] for t in twins], ["full (run 1)", "full (run 2)"])
+        rows = [dict(row), dict(row), row | {"seed": 1}]
+        r.label_rows(rows)
+        labels = ["full (seed 0) (run 1)", "full (seed 0) (run 2)", "full (seed 1)"]
+        self.assertEqual([t["label"] for t in rows], labels)
         self.assertIn("both the cheapest and the most accurate", r.trade_off(twins))
         self.assertNotIn("cheapest", r.trade_off(twins[:1]))
         self.say(rows[1]["label"])
@@ -2061,6 +2066,8 @@ class ResnetRuns(ResnetCase):
         for k in ("test_accuracy", "test_f1_macro", "test_top5", "dataset", "image_size"):
             self.assertEqual(row[k], self.row[k])
         self.assertEqual({p.name for p in to.iterdir()}, TEST_FILES)
+        self.refused("comes from a run on emnist, not digits", *argv, "--dataset", "digits")
+        self.refused("it is the result of --evaluate", "--compare", to, "--out", self.tmp / "compared")
         self.assertEqual((to / "confusion.csv").read_bytes(), (best.parent / "confusion.csv").read_bytes())
         (model, classes, size), data = r.load_model(best), r.load_emnist(self.data)
         self.assertEqual((model.training, classes, size), (False, r.CLASSES, 32))
@@ -2098,7 +2105,8 @@ class ResnetRuns(ResnetCase):
         self.assertIn("| gradual (run 2) |", text)
         path.parent.mkdir()
         changed = {"changed since the run wrote it": self.row | {"test_accuracy": 0.99}}
-        for text, content in (changed | {"not this script's": {"dataset": "mnist"}}).items():
+        changed["missing or of the wrong type: regime"] = {"dataset": "mnist"}
+        for text, content in changed.items():
             path.write_text(json.dumps(content))
             self.refused(text, "--compare", path.parent, "--out", target)
         self.refused("is a run's own folder", "--compare", self.out, "--out", self.out)
@@ -2705,7 +2713,10 @@ class ResnetBadInput(ResnetCase):
             ("--limit -1", "-1 is not at least 0"),
             ("--epochs two", "invalid number value: 'two'"),
             (f"--seed {2**64}", "is not below"),
-            ("--cache-gb=--", "--"),
+            ("--cache-gb=--", "empty or --"),
+            ("--cache-gb inf", "inf is not finite"),
+            *((f"--{flag}=", "empty or --") for flag in ("evaluate", "compare", "data-dir")),
+            ("--weights=", "empty or --"),
             ("--amp fp16", "--amp fp16 needs a CUDA device"),
             ("--nonsense", "unrecognized arguments"),
             ("--weights nowhere.pth", "nowhere.pth can't be used"),
