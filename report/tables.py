@@ -169,7 +169,7 @@ def mnist_table(results):
 
 def emnist_table(results):
     columns = ["images", "px", "regime", "seeds", "accuracy (%)", "precision", "recall", "F1"]
-    columns += ["trainable", "epochs", "training", "in all", "on"]
+    columns += ["epochs", "training", "in all", "on"]
     groups = read_groups(results)[1]
     rows = [emnist_cells(group) | {"accuracy (%)": spread(group.accuracies)} for group in groups]
     for row, group in zip(rows, groups):
