@@ -21,6 +21,7 @@ if [ -n "${ZSH_VERSION:-}" ] || [ "${BASH_SOURCE[0]}" != "$0" ]; then
 fi
 
 set -u
+unset PYTHONPATH PYTHONHOME # a cluster's modules may set them
 script=$(readlink -f "${BASH_SOURCE[0]}") # the file itself, not a link to it
 requirements=${script%/*}/requirements.txt
 VENV=${VENV:-${script%/*}/.venv}
@@ -146,7 +147,7 @@ fetch() { # copies a missing image or overlay from where the cluster keeps them,
   [ ! -s "$1" ] || return 0
   for dir in "${1%/*}" $public; do
     for from in "$dir/${1##*/}" "$dir/${1##*/}.gz"; do
-      [ -n "$found" ] || [ ! -r "$from" ] || found=$from
+      [ -n "$found" ] || [ ! -s "$from" ] || [ ! -r "$from" ] || found=$from
     done
   done
   [ -n "$found" ] || fail "no ${1##*/} in $public: copy one to $1, or set IMAGE and OVERLAY"
@@ -210,5 +211,4 @@ esac
 current || (update 3>&2) || exit 1
 [ $# -gt 0 ] || { echo "setup_env: ready: $VENV ($("$VENV/bin/python" -V))" && exit; }
 export VIRTUAL_ENV=$VENV PATH=$VENV/bin:$PATH
-unset PYTHONHOME
 exec "$@"

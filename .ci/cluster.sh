@@ -271,7 +271,7 @@ sys.exit(not (a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) a
 PY
 }
 
-# ---------------------------------------------------------------------------------------------- the ten points
+# ---------------------------------------------------------------------------------------------- the points
 
 # a probe that goes through the network at every step: seconds of work and small checkpoints, many of them
 slow=("${tiny[@]}" --regimes linear_probe --augment --batch-size 8 --checkpoint-minutes 0.005)

@@ -27,10 +27,10 @@ for _ in 1 2; do # twice, for the references
   }
 done
 last=$(sed -n 's/^.newlabel{end-of-text}{{[^}]*}{\([0-9]*\)}.*/\1/p' report.aux)
-echo "report.pdf: $(grep -o '[0-9]* page' generated/pdflatex.log | tail -n 1)s, text to page $last"
+echo "report.pdf: $(grep -ao '[0-9]* page' generated/pdflatex.log | tail -n 1)s, text to page $last"
 [ "$results" = "$here/results" ] ||
   echo "the text draws its conclusions from report/results: read them again with the new numbers"
 missing=$(grep -a '^missing: ' generated/pdflatex.log | sort -u | wc -l) || true
 ((missing == 0)) || echo "n/a in $missing places: not all runs of report/experiments.sh are in $results"
 rm -f report.aux report.log report.out
-! grep -E 'Overfull .hbox \([0-9]{2,}|undefined' generated/pdflatex.log
+! grep -aE 'Overfull .hbox \([0-9]{2,}|undefined' generated/pdflatex.log

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Every run that the report quotes; hours on two cores. Finished runs are skipped, interrupted ones resume.
+# Every run that the report quotes; hours on two cores. Finished runs are skipped, task 2's interrupted ones resume.
 #
 #   report/experiments.sh                            all of them, on the official data and weights
 #   report/experiments.sh emnist-12k-64px-seed0 …    some of them
 #
-#   DATA=DIR      where MNIST and EMNIST lie (default: data, downloaded if need be)
+#   DATA=DIR      where MNIST and EMNIST lie, from the project's folder (default: data, downloaded if need be)
 #   WEIGHTS=FILE  for ResNet-18 (default: imagenet, downloaded)
 #
 # The runs go to results/report; report/results holds their small files, and also bench.txt (python tests.py bench),
