@@ -36,9 +36,11 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import socket
 import ssl
 import subprocess
+import tempfile
 import time
 import warnings
 import zipfile
@@ -606,7 +608,16 @@ def download_mnist(folder, raw, names):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds; without it, a server that never answers would hang the run
     try:
-        torchvision.datasets.MNIST(folder, download=True)  # tries its mirrors, compares checksums
+        raw.mkdir(parents=True, exist_ok=True)
+        # unpacked aside, as another run may be downloading or reading these files
+        with tempfile.TemporaryDirectory(dir=raw, ignore_cleanup_errors=True) as aside:
+            unpacked = Path(aside, "MNIST", "raw")
+            unpacked.mkdir(parents=True)
+            for path in raw.glob("*.gz"):
+                shutil.copy(path, unpacked)
+            torchvision.datasets.MNIST(aside, download=True)  # tries its mirrors, compares checksums
+            for name in names:
+                os.replace(unpacked / name, raw / name)
     except Exception as e:  # network, server, archive or folder: each raises its own
         # the errno of an SSLError is OpenSSL's, not the system's
         if getattr(e, "errno", None) in FOLDER_ERRORS and not isinstance(e, ssl.SSLError):
@@ -888,7 +899,7 @@ def save_pictures(out, title, model, train, test, logits, log):
 def open_picture(path):
     """A grey Image, upright, longer side 200 to 800 px, transparency on white.
 
-    Raises InputError if it is not an image, is damaged or has more than 64 megapixels.
+    Raises InputError if it is not an image, is damaged, too large or too thin.
     """
     hint, hints = "", {b"%PDF": "a PDF: export the page as PNG; ", b"ftyp": "HEIC: save it as JPEG or PNG; "}
     try:
@@ -899,7 +910,7 @@ def open_picture(path):
             picture = Image.open(file)
             w, h = picture.size
             if w * h > 64e6 or max(w, h) > 50 * min(w, h):  # before decoding: 20 KB of PNG may become 4 GB
-                raise InputError(f"{w} x {h} pixels: over 64 million, or thinner than 1:50")
+                raise InputError(f"{w} x {h} pixels: more than 64 million, or one side 50 times the other")
             picture.draft("RGB", (800, 800))  # a JPEG is decoded at a half, a quarter or an eighth
             picture = ImageOps.exif_transpose(picture)
             if picture.mode[0] in "IF":  # 16 bits or more, often not all in use; convert() would clip them
@@ -1011,7 +1022,7 @@ def find_ink(picture, name, small=60):
     side = max(rows.stop - rows.start, columns.stop - columns.start)
     if side < small:  # of the 200 px: once more, closer, with a margin as wide as the character
         ends = np.array([columns.start - side, rows.start - side, columns.stop + side, rows.stop + side])
-        box = (ends * max(picture.size) / 200).clip(0, 2 * picture.size)  # width, height, width, height
+        box = (ends * max(picture.size) / 200).clip(0, (*picture.size, *picture.size))
         return find_ink(picture.crop(tuple(map(int, box))), name, small=0)[0], warning
     image = Image.fromarray((255 * soft[rows, columns]).astype(np.uint8))
     return ImageOps.pad(image, [max(image.size)] * 2), warning

@@ -15,6 +15,8 @@ import contextlib
 import csv
 import errno
 import functools
+import gzip
+import hashlib
 import importlib.util
 import inspect
 import io
@@ -662,6 +664,21 @@ class Data(Case):
         self.assertTrue(torch.equal(images, want[:50]) and torch.equal(labels, want_labels[:50]))
         self.assertTrue(torch.equal(test, want[50:70]) and labels.dtype == torch.int64)
         self.say("digits 1,437 / 360; MNIST's files as written")
+
+    def test_packed(self):
+        """MNIST's files as .gz: unpacked offline, nothing else left in the folder."""
+        raw, resources = write_mnist(self.tmp / "packed", 50, 20), []
+        want = c.load_mnist(self.tmp / "packed")[0][0]
+        for path in sorted(raw.iterdir()):
+            packed = path.with_name(path.name + ".gz")
+            packed.write_bytes(gzip.compress(path.read_bytes()))
+            resources.append((packed.name, hashlib.md5(packed.read_bytes()).hexdigest()))
+            path.unlink()
+        with offline(), mock.patch.object(torchvision.datasets.MNIST, "resources", resources):
+            self.assertTrue(torch.equal(c.load_mnist(self.tmp / "packed")[0][0], want))
+        names = sorted(path.name for path in raw.iterdir())
+        self.assertEqual(names, sorted(n[:k] for n, _ in resources for k in (-3, None)))
+        self.say(", ".join(names[:2]) + ", ...")
 
     def test_split(self):
         both = torch.arange(1003), torch.arange(1003)
