@@ -17,7 +17,7 @@ ImageNet weights, two cores of an AMD EPYC without bf16, torch 2.14, seed 0, six
 From an image's file to the test accuracy (N images of a batch, S --image-size, K classes):
 
     load_emnist()   uint8 [n, 28, 28]       read from the files, turned upright; stays in memory like this
-    split_data()    draws --limit images, a tenth of them for validation; then all goes to the device
+    split_data()    draws --limit images, a tenth of them for validation; train_all() moves all to the device
     prepare()       float [N, 3, S, S]      resized, grey in three channels, normalised as ImageNet's images
     frozen          the layers that don't train: [N, 512] if only fc does, [N, 256, S/16, S/16] if layer4 does
     Inputs          their output, kept in memory (the probe's on disk, too), or computed anew for every batch
@@ -26,9 +26,10 @@ From an image's file to the test accuracy (N images of a batch, S --image-size, 
 
 Training, validation, test and prediction all call the head on the frozen layers' output. Everything from
 "plumbing" on can be skipped, but for load_inputs() and train_all(), which call what stands before.
-`run` is a Run: settings, device, results folder; this process is `rank` of `world`, and `main` if its rank
-is 0. run.say() prints, run.pulse() shows progress, run.poll(save) saves when that is due and ends the run
-after a signal, run.share(x) gives rank 0's x to all processes (to one alone: x).
+`run` is a Run: args (the flags as typed), settings (the same with defaults filled in), device, out (the
+results folder); this process is `rank` of `world`, and `main` if its rank is 0. run.say() prints, run.pulse()
+shows progress, run.poll(save) saves when that is due and ends the run after a signal, run.share(x) gives rank
+0's x to all processes (to one alone: x).
 """
 
 import signal
@@ -204,6 +205,8 @@ def load_emnist(root):
                 raise ValueError(f"{len(labels)} labels, images {images.dtype} {list(images.shape)}")
             if labels.min() < 0 or labels.max() >= len(CLASSES):
                 raise ValueError(f"labels {labels.min()} to {labels.max()}, expected 0 to {len(CLASSES) - 1}")
+        except MemoryError:
+            raise
         except Exception as e:  # damage shows in many ways: assertion, reshape, end of file, labels
             damaged = files[0].parent / f"emnist-byclass-{name}-*"
             raise InputError(f"{damaged} is damaged ({one_line(e)}): delete it and start again") from e
@@ -257,7 +260,8 @@ def split_data(data, settings):
     if not len(val) or len(train) < 2:
         raise InputError(f"{len(train)} training and {len(val)} validation images are too few")
     for tensors in (data.images, data.labels):
-        tensors["val"], tensors["train"] = tensors["train"][val], tensors["train"][train]
+        whole = tensors["train"]
+        tensors["train"], tensors["val"] = whole[train], whole[val]
         if settings.dry_run:
             tensors.update({name: tensor[: settings.batch_size or 32] for name, tensor in tensors.items()})
 
@@ -271,12 +275,13 @@ def draw_affine(n, generator):
     """Random maps for affine_grid [n, 2, 3]: within ±10°, a size of 1 / (1 ± 0.12), ±1.4 of 28 pixels."""
     u = torch.rand(n, 4, generator=generator) * 2 - 1
     angle, scale = u[:, 0] * math.radians(10), 1 + 0.12 * u[:, 1]
+    # affine_grid's unit is half an image, 14 pixels; coordinates scaled by s shrink the image by s
     cos, sin, shift = angle.cos() * scale, angle.sin() * scale, u[:, 2:] * 0.1
     return torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).view(n, 2, 3)
 
 
 def warp(images, theta, size):
-    """Augments and resizes in one interpolation, as a second would blur; the identity gives resize()."""
+    """Augments and resizes in one interpolation, as two would blur; with the identity, it equals resize()."""
     where = "cpu" if images.device.type == "mps" else images.device  # mps has no "border" padding
     theta = theta.to(where, non_blocking=True)  # otherwise every step would wait for the GPU
     grid = F.affine_grid(theta, (len(images), 1, size, size), align_corners=False)
@@ -329,7 +334,7 @@ def build_model(classes, weights, seed):
         model.load_state_dict(weights, strict=False)  # all but fc
     model.fc = nn.Linear(512, classes)
     for p in (model.fc.weight, model.fc.bias):
-        nn.init.uniform_(p, -(512**-0.5), 512**-0.5, generator=rng(seed, "fc", p.dim()))  # dim: both differ
+        nn.init.uniform_(p, -(512**-0.5), 512**-0.5, generator=rng(seed, "fc", p.dim()))  # two seeds
     return model.to(memory_format=torch.channels_last)
 
 
@@ -348,7 +353,7 @@ class Section(nn.Module):
     def forward(self, x):
         if len(self.blocks):  # none: the frozen part of "all", the head of "fc"
             x = x.contiguous(memory_format=layout(x.device))
-            kind = torch.float16 if self.amp == "fp16" else torch.bfloat16
+            kind = torch.float16 if self.amp == "fp16" else torch.bfloat16  # without effect if "off"
             with torch.autocast(x.device.type, kind, enabled=self.amp != "off"):
                 x = self.blocks(x)
         if self.pool:
@@ -357,7 +362,7 @@ class Section(nn.Module):
 
 
 # what trains: (number of frozen blocks, out of stem and layer1 to layer4; name prefixes of the trained
-# parameters; their count, without fc)
+# parameters; their count, without fc). "layer4", for example, freezes the first four blocks
 PARTS = {
     "fc": (5, ("fc.",), 0),
     "layer4": (4, ("layer4.", "fc."), 8_393_728),
@@ -367,7 +372,8 @@ PARTS = {
 
 def split_at(model, trains, amp):
     """Splits the model into (frozen, head), which share its layers. The frozen ones get no gradients and stay
-    in evaluation mode: head.train() does not reach their BatchNorm, so its statistics don't change."""
+    in evaluation mode: head.train() does not reach their BatchNorm, so its statistics don't change. A model
+    that no longer trains is split at "fc", with all blocks frozen."""
     cut, _, count = PARTS[trains]
     stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
     blocks = [stem, model.layer1, model.layer2, model.layer3, model.layer4]
@@ -409,7 +415,7 @@ def load_model(path):
 
 
 def clock():
-    """[wall, CPU] seconds."""
+    """[wall, CPU] seconds, as a tensor, so that two of them subtract and add up."""
     return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
@@ -441,15 +447,16 @@ def in_batches(run, forward, shape, what, start=0, total=None, dtype=torch.float
     """
     memory = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     rows = torch.empty(shape, dtype=dtype, device=run.device, memory_format=memory).zero_()
-    began, stop = time.monotonic(), start + shape[0]
-    for first in range(start, stop, EVAL_BATCH * run.world):
-        at = min(first + run.rank * EVAL_BATCH, stop)  # this process's batch
-        index = torch.arange(at, min(at + EVAL_BATCH, stop), device=run.device)
-        if len(index):
+    began, index = time.monotonic(), torch.arange(start, start + shape[0], device=run.device)
+    for first in range(0, len(index), EVAL_BATCH * run.world):
+        at = first + run.rank * EVAL_BATCH
+        mine = slice(at, at + EVAL_BATCH)  # this process's batch, empty past the end
+        if len(index[mine]):
             # a slice: with --deterministic, writing by index would make CUDA copy all of `rows`
-            rows[at - start : at - start + len(index)] = forward(index)
+            rows[mine] = forward(index[mine])
         run.poll(save)
-        run.pulse(pace_line, what, min(first + EVAL_BATCH * run.world, stop), total or stop, began, start)
+        done = start + min(first + EVAL_BATCH * run.world, len(index))
+        run.pulse(pace_line, what, done, total or start + len(index), began, start)
     if run.world > 1:
         dist.all_reduce(rows)  # a row is zero on all processes but one, so the sum is exact
     return rows
@@ -467,8 +474,8 @@ def features(run, name, n, forward):
         folder.mkdir(exist_ok=True)
     for start in range(0, n, CHUNK):
         path, stop = folder / f"{name}-{start // CHUNK:05d}.pt", min(start + CHUNK, n)
-        chunk = run.share(try_read(path, ["rows", "spent"]) if run.main and path.exists() else None)
         # None: missing or damaged
+        chunk = run.share(try_read(path, ["rows", "spent"]) if run.main and path.exists() else None)
         if chunk is None or chunk["rows"].shape != rows[start:stop].shape:
             began, shape = clock(), (stop - start, 512)
             part = in_batches(run, forward, shape, f"features, {name}", start, n)
@@ -501,7 +508,7 @@ def kept_sets(settings):
 
 
 class Inputs:
-    """The head's inputs: outputs of the frozen layers.
+    """The head's inputs: outputs of the frozen layers (the prepared images, if all layers train).
 
     Sets kept by compute() are looked up; for any other set, each call runs the frozen layers.
     """
@@ -546,8 +553,8 @@ class Inputs:
             run.say(f"layer3's output computed in {duration(timer.spent['cache'][0])}")
 
     def decide_cache(self, count):
-        """Whether layer3's output is kept in memory; a resumed run keeps its choice, unless --cache-gb or
-        several processes decide. Says so."""
+        """Decides whether layer3's output is kept in memory, and prints it. A resumed run keeps its choice,
+        unless --cache-gb or several processes decide."""
         run = self.run
         fits, need, limit = cache_fits(run, count, run.settings.image_size)
         if self.in_memory is None or run.settings.cache_gb is not None or run.world > 1:
@@ -565,7 +572,8 @@ def logits_of(run, data, inputs, head, name, save=lambda: None):
     """Logits of the validation or the test set: [n, K] on the CPU."""
     head.eval()
     # cuDNN's benchmark might pick other kernels in --evaluate: off, so that the figures agree
-    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
     shape = len(data.labels[name]), len(data.classes)
     with torch.no_grad():
         logits = in_batches(run, lambda index: head(inputs(name, index)), shape, name, save=save).cpu()
@@ -642,9 +650,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.settings.amp == "fp16")
         # the model has the best weights so far, or the first ones, and ends this stage with them if no epoch
         # beats them: copy them anew, as this stage trains other layers
-        best, sums = self.state.best | {"weights": self.trained_weights()}, torch.zeros(2, device=run.device)
-        new = dict(epoch=0, step=0, reference=-1.0, stale=0, done=False)  # `spent` stays the Timer's
-        self.state = replace(self.state, number=number, best=best, sums=sums, **new)
+        best = self.state.best | {"weights": self.trained_weights()}
+        whole = {name: getattr(self.state, name) for name in ("peak", "spent", "history", "stages")}
+        self.state = State(torch.zeros(2, device=run.device), best, number, **whole)
 
     def learning_rate(self):
         """1) linear warm-up, 2) half a cosine towards zero."""
@@ -660,19 +668,20 @@ class Trainer:
         # steps of equal size, give or take one image: a small last one would have too much weight
         first, last = self.n * state.step // self.steps, self.n * (state.step + 1) // self.steps
         index = order[first:last]  # independent of the number of processes
-        mine, theta = index[run.rank :: run.world], None  # this process's share of them
+        mine = index[run.rank :: run.world]  # this process's share of them
+        theta = None
         if run.settings.augment:
             generator = rng(run.settings.seed, "augment", state.number, state.epoch, state.step)
             theta = draw_affine(len(index), generator)[run.rank :: run.world]
         y = self.data.labels["train"][mine]
-        logits = (self.ddp or self.head)(self.inputs("train", mine, theta))
-        # this process's part of the step's mean loss; DDP averages gradients over the processes, so scale by
-        # their number to get the whole step's gradient
+        head = self.ddp or self.head  # DDP averages the gradients over the processes
+        logits = head(self.inputs("train", mine, theta))
+        # this process's part of the step's mean loss; scaled by the number of processes below, as DDP's mean
+        # is to be the whole step's gradient
         loss = F.cross_entropy(logits, y, reduction="sum") / len(index)
         self.optimizer.zero_grad()
         self.scaler.scale(loss * run.world).backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         sums = torch.stack([loss.detach(), (logits.argmax(1) == y).sum().float()])
@@ -766,10 +775,8 @@ class Trainer:
         better = accuracy > state.best["accuracy"]  # any gain makes this the best epoch ...
         if better:
             state.best = {"accuracy": accuracy, "epoch": state.epoch + 1, "number": state.number}
-            state.best |= {
-                "tau": tune_tau(logits, labels, log_prior(self.data)),
-                "weights": self.trained_weights(),
-            }
+            state.best["tau"] = tune_tau(logits, labels, log_prior(self.data))
+            state.best["weights"] = self.trained_weights()
         self.timer("validation")
         state.stale += 1
         if accuracy > state.reference + MIN_DELTA:  # ... but only real progress resets the patience
@@ -793,7 +800,8 @@ class Trainer:
         if self.run.main:
             self.publish(better)
         # only now: an epoch that is in the log must survive a kill
-        self.run.say(epoch_line(row, self.stage.epochs, 0.0 if self.finished() else self.eta()))
+        epochs_left = 0 if self.finished() else self.stage.epochs - state.epoch
+        self.run.say(epoch_line(row, self.stage.epochs, epochs_left * row["seconds"]))
         self.run.poll(self.save)
 
     def eta(self):
@@ -812,8 +820,8 @@ class Trainer:
 
     def trained_weights(self):
         """A copy of what trains, statistics included; the frozen rest never changes and is not in last.pt."""
-        (_, names, _), state = PARTS[self.stage.trains], self.model.state_dict()
-        return {k: v.detach().cpu().clone() for k, v in state.items() if k.startswith(names)}
+        prefixes = PARTS[self.stage.trains][1]
+        return {k: v.cpu().clone() for k, v in self.model.state_dict().items() if k.startswith(prefixes)}
 
     def save(self):
         """Saves last.pt, all of the training's own state."""
@@ -836,21 +844,22 @@ class Trainer:
         if better:
             best = {k: state.best[k] for k in ("accuracy", "epoch")} | {"dataset": self.data.name}
             best |= {"classes": self.data.classes, "image_size": settings.image_size, "amp": settings.amp}
-            model = {k: v.detach().cpu() for k, v in self.model.state_dict().items()}
+            model = {k: v.cpu() for k, v in self.model.state_dict().items()}
             save_tensors(self.folder / "best.pt", best | {"model": model | state.best["weights"]})
         self.timer("checkpoint")
 
     def load(self, last):
         """Resumes from last.pt's content; raises if something is missing or does not fit."""
         self.begin(last["number"])
-        state, new = State(**{name: last[name] for name in vars(self.state)}), self.state
-        checks = [type(getattr(state, name)) is type(value) for name, value in vars(new).items()]
+        fresh = self.state  # as begin() makes it: what has to be there, of which types and shapes
+        state = State(**{name: last[name] for name in vars(fresh)})
+        checks = [type(getattr(state, name)) is type(value) for name, value in vars(fresh).items()]
         checks += [0 <= state.number, 0 <= state.epoch <= self.stage.epochs, 0 <= state.step <= self.steps]
-        checks += [state.sums.shape == new.sums.shape, state.best.keys() == new.best.keys()]
+        checks += [state.sums.shape == fresh.sums.shape, state.best.keys() == fresh.best.keys()]
         checks += [len(state.history) >= state.epoch, len(state.stages) >= state.number]
         checks += [last["in_memory"] in (None, True, False)]
         for weights in (last["weights"], state.best["weights"]):
-            checks += [weights.keys() == new.best["weights"].keys()]
+            checks += [weights.keys() == fresh.best["weights"].keys()]
             checks += [torch.isfinite(w).all() for w in weights.values()]
         if not all(checks):
             raise ValueError("it does not fit this regime")
@@ -900,9 +909,9 @@ def resume(run, data, make_model, stages, folder):
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
                 run.say(f"{path} is damaged or not this run's ({one_line(e)}): not used")
                 continue
-            if run.main and path.name != "last.pt":  # a kill or damage left no other
+            if run.main and path.name != "last.pt":  # last.pt is missing, or was refused above
                 os.replace(path, folder / "last.pt")
-                run.say(f"continuing from the previous one: {path}")
+                run.say(f"continuing from the checkpoint before it ({path.name})")
             return trainer, True
     if (folder / "log.csv").exists():
         run.say(f"{folder} has no usable last.pt: starting again from the beginning")
@@ -973,9 +982,8 @@ def about_run(run, data, weights_name):
 
 
 def run_regime(run, name, data, weights, weights_name, todo):
-    """Trains a regime, stage by stage, and tests its best weights; returns its metrics. `todo` has the names
-    of the regimes that were not finished at the start; the first one's trainer is there for the plan."""
-    reset_peak(run.device)
+    """Trains a regime, stage by stage, and tests its best weights; returns its metrics. `todo`: all regimes
+    that are to be trained; the first one prints the plan, which needs a trainer."""
     folder, stages = run.out / name, stages_of(name, run.settings)
     if run.main:
         folder.mkdir(exist_ok=True)
@@ -987,8 +995,9 @@ def run_regime(run, name, data, weights, weights_name, todo):
     trainer, resumed = resume(run, data, make_model, stages, folder)
     if name == todo[0]:
         plan(run, data, trainer, todo)  # prints an estimate, changes nothing
+    reset_peak(run.device)
     for number in range(trainer.state.number, len(stages)):
-        if number > trainer.state.number:
+        if number > trainer.state.number:  # the first of these has begun
             trainer.begin(number)
         state, stage = trainer.state, stages[number]
         place = f"{name}, {stage.trains} (stage {number + 1} of {len(stages)})" if len(stages) > 1 else name
@@ -996,9 +1005,8 @@ def run_regime(run, name, data, weights, weights_name, todo):
             step = f"epoch {state.epoch + 1}, after step {state.step} of {trainer.steps}"
             run.say(f"{place}: training has ended" if state.done else f"{place}: continuing in {step}")
         else:
-            training, total = (
-                sum(p.numel() for p in ps) for ps in (trainer.params, trainer.model.parameters())
-            )
+            training = sum(p.numel() for p in trainer.params)
+            total = sum(p.numel() for p in trainer.model.parameters())
             recipe = f"batch size {stage.batch_size}, lr {stage.lr:g}"
             run.say(f"{place}: {training:,} of {total:,} parameters train, {recipe}")
         resumed = False
@@ -1078,7 +1086,7 @@ def evaluate(args):
         raise InputError("--evaluate runs in one process")
     dataset = "digits" if len(classes) == 10 else "emnist"
     if args.dataset not in ("auto", dataset):
-        raise InputError(f"--evaluate: {args.evaluate} comes from a run on {dataset}, not {args.dataset}")
+        raise InputError(f"--evaluate: {name} comes from a run on {dataset}, not {args.dataset}")
     amp, trained = args.amp, best.get("amp", "auto")
     if amp == "auto" and not (trained == "fp16" and run.device.type != "cuda"):
         amp = trained
@@ -1088,10 +1096,11 @@ def evaluate(args):
     out = Path(args.out or f"results/resnet18-evaluate-{datetime.now():%Y%m%d-%H%M%S}")
     refuse_run_folder(out)
     data = load_digits() if dataset == "digits" else load_emnist(args.data_dir)
+    if best.get("dataset", data.name) != data.name:  # its test images may be among those of the training
+        raise InputError(f"--evaluate: {name} comes from a run on {best['dataset']}, not {data.name}")
     make_folder(out)
     split_data(data, run.settings)
     data.to(run.device)
-    # nothing trains; with "fc", `frozen` is all of the blocks
     frozen, head = split_at(model.to(run.device, memory_format=layout(run.device)), "fc", amp)
     logits = logits_of(run, data, Inputs(run, data, frozen, "fc"), head, "test")
     write_test_files(run, out, data, logits, name)
@@ -1134,16 +1143,18 @@ def estimate(run, stages, costs, sizes, image_size, on_disk, state=None):
     train, val, seconds = sizes["train"], sizes["val"], 0.0
     fits = cache_fits(run, sum(sizes[name] for name in kept_sets(run.settings)), image_size)[0]
     for number, stage in enumerate(stages):
+        if state and number < state.number:
+            continue  # this stage has ended
         (frozen, step), epochs = costs[stage.trains], stage.epochs
-        if state and number <= state.number:
-            epochs = 0 if number < state.number or state.done else epochs - state.epoch
+        if state and number == state.number:
+            epochs = 0 if state.done else epochs - state.epoch
         once = stage.trains == "fc" or (stage.trains == "layer4" and fits)
         passes = min(1, epochs) if once else epochs  # through the frozen layers
         seconds += frozen * ((epochs if run.settings.augment else passes) * train + passes * val)
         if stage.trains == "fc":
             seconds -= frozen * passes * on_disk
         seconds += epochs * (step * train + step / 3 * val)  # forward is about a third of a training step
-    return seconds + (frozen + step / 3) * sizes["test"]  # the last stage's
+    return seconds + (frozen + step / 3) * sizes["test"]  # by the last stage's network: its costs
 
 
 def plan(run, data, trainer, todo):
@@ -1266,10 +1277,10 @@ def write_comparison(folder, rows):
             f"| {r['epochs_run']} x {r['samples_per_epoch']:,} "
             f"| {duration(r['train_seconds'])} | {duration(r['total_seconds'])}"
         )
-    about = dict.fromkeys(f"{r['dataset']}; {r['weights']} weights; {r['image_size']} px" for r in rows)
+    tests = dict.fromkeys(f"{r['dataset']}; {r['weights']} weights; {r['image_size']} px" for r in rows)
     sentence = trade_off(rows)
     dry = f"{sentence} " if any(r.get("dry_run") for r in rows) else ""
-    lines = [f"{dry}Test set of {' / '.join(about)}.", "", *(f"| {row} |" for row in table), "", sentence, ""]
+    lines = [f"{dry}Test set of {' / '.join(tests)}.", "", *(f"| {row} |" for row in table), "", sentence, ""]
     draw_comparison(folder / "comparison.png", rows, dry)
     write_bytes(folder / "comparison.md", "\n".join(lines).encode())
     write_json(folder / "comparison.json", {"rows": rows, "trade_off": sentence})
@@ -1394,8 +1405,8 @@ def draw_top_confusions(path, confusion, data, predicted, title, pairs=12, examp
     errors, labels = confusion - np.diag(np.diag(confusion)), data.labels["test"].cpu()
     heading = f"{title}, {data.name}: {errors.sum():,} errors in {confusion.sum():,} test images"
     rows = max(1, min(pairs, np.count_nonzero(errors)))
-    shape, widths = (rows, examples + 1), [3.2] + [1] * examples
-    figure, grid = new_figure(9.5, 0.85 * rows + 0.5, *shape, heading, width_ratios=widths)
+    widths = [3.2] + [1] * examples  # the text, then the images
+    figure, grid = new_figure(9.5, 0.85 * rows + 0.5, rows, examples + 1, heading, width_ratios=widths)
     for row, pair in zip(grid, np.argsort(-errors, axis=None, kind="stable").tolist()):
         true, read = divmod(pair, len(data.classes))
         count, seen = errors[true, read], confusion[true].sum()
@@ -1445,7 +1456,7 @@ def draw_comparison(path, rows, dry):
 def open_picture(path):
     """A grey Image, upright, longer side 200 to 800 px, transparency on white.
 
-    Raises InputError if it is not an image, is damaged or has more than 64 megapixels.
+    Raises InputError if it is not an image, is damaged, too large or too thin.
     """
     hint, hints = "", {b"%PDF": "a PDF: export the page as PNG; ", b"ftyp": "HEIC: save it as JPEG or PNG; "}
     try:
@@ -1456,7 +1467,7 @@ def open_picture(path):
             picture = Image.open(file)
             w, h = picture.size
             if w * h > 64e6 or max(w, h) > 50 * min(w, h):  # before decoding: 20 KB of PNG may become 4 GB
-                raise InputError(f"{w} x {h} pixels: over 64 million, or thinner than 1:50")
+                raise InputError(f"{w} x {h} pixels: more than 64 million, or one side 50 times the other")
             picture.draft("RGB", (800, 800))  # a JPEG is decoded at a half, a quarter or an eighth
             picture = ImageOps.exif_transpose(picture)
             if picture.mode[0] in "IF":  # 16 bits or more, often not all in use; convert() would clip them
@@ -1568,7 +1579,7 @@ def find_ink(picture, name, small=60):
     side = max(rows.stop - rows.start, columns.stop - columns.start)
     if side < small:  # of the 200 px: once more, closer, with a margin as wide as the character
         ends = np.array([columns.start - side, rows.start - side, columns.stop + side, rows.stop + side])
-        box = (ends * max(picture.size) / 200).clip(0, 2 * picture.size)  # width, height, width, height
+        box = (ends * max(picture.size) / 200).clip(0, (*picture.size, *picture.size))
         return find_ink(picture.crop(tuple(map(int, box))), name, small=0)[0], warning
     image = Image.fromarray((255 * soft[rows, columns]).astype(np.uint8))
     return ImageOps.pad(image, [max(image.size)] * 2), warning
@@ -1829,8 +1840,8 @@ def banner(text):
 
 @contextlib.contextmanager
 def download(what, url, folder, flag, offline):
-    """Around a download into a folder: one process at a time, a line twice a minute, and a silent server does
-    not hang the run. DownloadError for the network's errors, InputError for those of the folder."""
+    """Around a download into a folder: one process at a time, a line every 20 seconds, and a silent server
+    does not hang the run. DownloadError for the network's errors, InputError for those of the folder."""
     before, done, began = socket.getdefaulttimeout(), threading.Event(), time.monotonic()
     socket.setdefaulttimeout(30)  # seconds
 
@@ -1899,9 +1910,9 @@ def save_tensors(path, content, keep=False):
 
 
 def read_tensors(path):
-    """torch.load of plain tensors and numbers; an archive's checksums are compared, as torch does not."""
+    """torch.load of plain tensors and numbers; also compares an archive's checksums, unlike torch.load."""
     content = Path(path).read_bytes()
-    if not content.startswith(b"\x80\x02"):  # a pickle: torch's format before 1.6, without checksums
+    if not content.startswith(b"\x80\x02"):  # before torch 1.6: a bare pickle, which has no checksums
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if archive.testzip() is not None:
                 raise ValueError("a checksum does not match")
@@ -1909,12 +1920,17 @@ def read_tensors(path):
 
 
 def try_read(path, keys):
-    """The file's dict, or None with a message if it is torn or damaged or lacks one of the keys."""
+    """The file's dict, or None with a message if it is torn or damaged or lacks one of the keys.
+
+    Raises OSError if it can't be read, as it may be whole.
+    """
     try:
         content = read_tensors(path)
         if not isinstance(content, dict) or not content.keys() >= set(keys):
             raise ValueError(f"it lacks some of {', '.join(keys)}")
         return content
+    except OSError:
+        raise
     except Exception as e:  # a torn file raises anything from BadZipFile to UnpicklingError
         print(f"{path} is torn or damaged ({one_line(e, 80)}): not used", flush=True)
         return None
@@ -2052,9 +2068,8 @@ def parse_args(argv):
 
 
 FREE = {"device", "data_dir", "cache_gb", "checkpoint_minutes", "out"}  # may differ when a run is continued
-RESOLVED = {  # in args.json: what `auto` and the defaults came to
-    *("dataset", "weights", "amp", "dataset_flag", "weights_flag", "limit", "image_size"),
-}
+# in args.json: what `auto` and the defaults came to
+RESOLVED = {"dataset", "weights", "amp", "dataset_flag", "weights_flag", "limit", "image_size"}
 BEFORE = {"code", "commit", "resnet18.py"}  # what a batch job may put into OUT before the first start
 
 
@@ -2105,8 +2120,9 @@ def typed(value):
 def own_words():
     """The command line without --out."""
     words = sys.argv[1:]
-    kept = [w for w, left in zip(words, ["", *words]) if "--out" not in (w, left)]
-    return [w for w in kept if not w.startswith("--out=")]
+    # drops --out and the word after it
+    kept = [word for before, word in zip(["", *words], words) if "--out" not in (before, word)]
+    return [word for word in kept if not word.startswith("--out=")]
 
 
 def start_words(out):
@@ -2155,7 +2171,8 @@ def load_inputs(run, before):
 
 
 def check_batch_sizes(settings, n, world):
-    """BatchNorm needs two values per channel, and every process an image in every step."""
+    """Every process needs an image in every step, and BatchNorm two values per channel: at 32 px layer4's
+    maps are single pixels."""
     for name in settings.regimes:
         for stage in stages_of(name, settings):
             smallest = n // math.ceil(n / stage.batch_size) // world
@@ -2166,16 +2183,16 @@ def check_batch_sizes(settings, n, world):
 def load_in_turn(run, before):
     """load_inputs() on rank 0, which downloads what is missing, then on the others: on another machine the
     first to take the lock downloads. Writes args.json."""
-    inputs = []
+    data = weights = None
 
     def load():
-        inputs.extend(load_inputs(run, before))
-        return inputs[2]
+        nonlocal data, weights
+        data, weights, resolved = load_inputs(run, before)
+        return resolved  # only this goes to the other processes
 
     resolved = run.from_rank0("inputs", load)
     if not run.main:
-        inputs.extend(load_inputs(run, resolved))
-    data, weights, _ = inputs
+        data, weights, _ = load_inputs(run, resolved)
     if run.main and not before:
         draw_samples(run.out / "samples.png", data)
         content = {"arguments": vars(run.args), **resolved, "git_commit": git_commit()}
