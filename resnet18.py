@@ -2233,8 +2233,9 @@ def train_all(run, data, weights, weights_name, rows):
     run.poll()
     ignore_signals()  # a second or two to the end
     if run.main:
-        text = write_comparison(run.out, rows)
+        # before the comparison: with it, the run counts as done, and after a kill nobody would come back
         shutil.rmtree(run.out / "features", ignore_errors=True)
+        text = write_comparison(run.out, rows)
         run.say(f"\n{text}\nresults in {run.out}")
 
 

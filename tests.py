@@ -2075,6 +2075,18 @@ class ResnetRuns(ResnetCase):
         self.assertEqual((text[:11], text.count("\n")), ("all is done", 1))
         self.say(text.strip())
 
+    def test_end(self):
+        """The features go before the comparison is written, with which a run counts as done."""
+        out = self.tmp / "ended"
+        argv = small_flags(self.data, "--regimes", "linear_probe", "--dry-run", "--out", out)
+        with mock.patch.object(r, "draw_comparison", side_effect=r.RunFailed("ended here")):
+            self.refused("ended here", *argv, status=1)
+        names = sorted(path.name for path in out.iterdir() if path.name[0] != ".")
+        self.assertEqual(names, ["args.json", "linear_probe", "samples.png"])
+        self.runs(*argv)
+        self.assertTrue((out / "comparison.json").exists())
+        self.say(", ".join(names))
+
     def test_evaluate(self):
         """--evaluate best.pt has the run's own test figures; load_model() gives its model."""
         best, to = self.out / "gradual" / "best.pt", self.tmp / "evaluated"
