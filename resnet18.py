@@ -627,8 +627,8 @@ class State:
 class Trainer:
     """A regime's training, stage by stage: model, optimizer, early stopping, checkpoints."""
 
-    def __init__(self, run, data, model, stages, folder):
-        self.run, self.data, self.model, self.recipes, self.folder = run, data, model, stages, folder
+    def __init__(self, run, data, model, recipes, folder):
+        self.run, self.data, self.model, self.recipes, self.folder = run, data, model, recipes, folder
         self.n = len(data.labels["train"])
         best = {"accuracy": -1.0, "epoch": 0, "number": 0, "tau": 0.0, "weights": {}}
         self.state = State(torch.zeros(2, device=run.device), best)
@@ -1050,7 +1050,6 @@ def training_figures(name, trainer):
     """metrics.json's keys on training and cost."""
     state, settings, last = trainer.state, trainer.run.settings, trainer.state.stages[-1]
     seconds = {phase: float(wall) for phase, (wall, _) in state.spent.items()}
-    # the CPU's, of this process: if far below cores x train_seconds, other work disturbed the run
     training, cpu_seconds = sum(state.spent[phase] for phase in TRAINING if phase in seconds).tolist()
     samples = sum(s["epochs_run"] * s["samples_per_epoch"] for s in state.stages)
     return {
@@ -1067,6 +1066,7 @@ def training_figures(name, trainer):
         "trainable_params": last["trainable_params"],
         "total_params": sum(p.numel() for p in trainer.model.parameters()),
         "train_seconds": training,
+        # of this process: if far below cores x train_seconds, other work disturbed the run
         "train_cpu_seconds": cpu_seconds,
         "total_seconds": sum(seconds.values()),
         "seconds": seconds,
