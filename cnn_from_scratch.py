@@ -500,10 +500,10 @@ class SGD:
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
             check(value >= 0, f"SGD: {name} is {value}, expected at least 0")
         check(momentum > 0 or not nesterov, "SGD: nesterov needs a momentum above 0")
-        listed = hasattr(params, "__iter__") and not isinstance(params, torch.Tensor)
-        self.params, self.lr, self.momentum = list(params) if listed else [params], lr, momentum
-        fits = listed and all(isinstance(p, torch.Tensor) for p in self.params)
-        check(fits, "SGD: expected a list of tensors, as from model.parameters()")
+        text = "SGD: expected a list of tensors, as from model.parameters()"
+        check(hasattr(params, "__iter__") and not isinstance(params, torch.Tensor), text)
+        self.params, self.lr, self.momentum = list(params), lr, momentum
+        check(all(isinstance(p, torch.Tensor) for p in self.params), text)
         self.nesterov, self.weight_decay = nesterov, weight_decay
         self.velocity = [None] * len(self.params)
 

@@ -13,6 +13,7 @@ import csv
 import json
 import re
 import statistics
+import string
 import sys
 import textwrap
 from pathlib import Path
@@ -172,8 +173,9 @@ def emnist_table(results):
     columns += ["epochs", "training", "in all", "on"]
     groups = read_groups(results)[1]
     rows = [emnist_cells(group) | {"accuracy (%)": spread(group.accuracies)} for group in groups]
+    letters = {name: letter for letter, name in machines(groups).items()}
     for row, group in zip(rows, groups):
-        row["on"] = "ABCDEFGHIJ"[machines(groups).index(machine(group))]
+        row["on"] = letters[machine(group)]
     return table_of(rows, *columns)
 
 
@@ -182,8 +184,9 @@ def machine(group):
 
 
 def machines(groups):
-    """The one of the most groups first; times can be compared within one of them."""
-    return [name for name, _ in collections.Counter(map(machine, groups)).most_common()]
+    """Letter -> machine; A has the most groups. Times can be compared within one of them."""
+    names = [name for name, _ in collections.Counter(map(machine, groups)).most_common()]
+    return dict(zip(string.ascii_uppercase, names))
 
 
 def short_list(groups):
@@ -308,7 +311,7 @@ def numbers_of(results):
         named["alike"] = alike_numbers(scopes["best"])
         for group in pictured(resnet)[:1]:
             named["top"] = {"run": name_of(group)}
-    named["table"] = {"machines": "; ".join(f"{k}: {v}" for k, v in zip("ABCDEFGHIJ", machines(resnet)))}
+    named["table"] = {"machines": "; ".join(f"{k}: {v}" for k, v in machines(resnet).items())}
     named["progress"] = {"points": f"{100 * constant('resnet18.py', 'MIN_DELTA'):g}"}
     named |= bench_numbers(results)
     return {f"{name}/{key}": text for name, texts in named.items() for key, text in texts.items()}
@@ -322,7 +325,7 @@ def scopes_of(groups):
     does not come from the seed. "later/full" is in float32, too, from another machine than most runs if there
     is one. "best" is main's best on validation.
     """
-    here = machines(groups)[0]
+    here = machines(groups)["A"]
     groups = sorted(groups, key=lambda group: machine(group) == here)  # the last of a name is taken
     usual = min(group["variant"] for group in groups)  # no variant, unless all runs have one
     sizes = collections.Counter(g["size"] for g in groups if g["variant"] == usual for _ in g.runs)
@@ -432,7 +435,7 @@ def curves(lines):
 
 def points(groups):
     """Name, regime's number, minutes, accuracy and its deviation, by training time, on the usual machine."""
-    usual = machines(groups)[0]
+    usual = machines(groups)["A"]
     for group in sorted((g for g in groups if machine(g) == usual), key=lambda g: g.cost):
         style, minutes = REGIMES.index(group["regime"]), group.cost / 60
         yield name_of(group), style, minutes, group.accuracy, group.deviation
