@@ -41,8 +41,8 @@ for seed in {0..2}; do
 done
 
 # the image's size
-emnist emnist-12k-112px --limit 12000 --image-size 112
-emnist emnist-12k-224px --limit 12000 --image-size 224
+emnist emnist-12k-112px --limit 12000 --image-size 112 --amp off
+emnist emnist-12k-224px --limit 12000 --image-size 224 --amp off
 
 # against emnist-12k-64px-float32-seed0: without the cache, with augmentation, the course's recipe, random weights
 partial=(--limit 12000 --image-size 64 --amp off --regimes partial_unfreeze)
@@ -52,4 +52,4 @@ emnist emnist-12k-64px-course "${partial[@]}" --lr 0.0005 --epochs 20
 WEIGHTS=none emnist emnist-12k-64px-random --limit 12000 --image-size 64 --regimes full --amp off
 
 # all training images
-emnist emnist-112px --limit 0 --image-size 112
+emnist emnist-64px --limit 0 --image-size 64 --amp off
