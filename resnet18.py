@@ -24,12 +24,12 @@ From an image's file to the test accuracy (N images of a batch, S --image-size, 
     head            the layers that train, average pooling unless frozen, fc: logits float32 [N, K]
     test_metrics()  accuracy and F1; write_test_files() draws the confusion matrix
 
-Training, validation, test and prediction all call the head on the frozen layers' output. Everything from
-"plumbing" on can be skipped, but for load_inputs() and train_all(), which call what stands before.
+Training, validation, test and prediction all call the head on the frozen layers' output. Skip everything
+from "plumbing" on, except load_inputs() and train_all(), which call the code above.
 `run` is a Run: args (the flags as typed), settings (the same with defaults filled in), device, out (the
 results folder); this process is `rank` of `world`, and `main` if its rank is 0. run.say() prints, run.pulse()
-shows progress, run.poll(save) saves when that is due and ends the run after a signal, run.share(x) gives rank
-0's x to all processes (to one alone: x).
+shows progress, run.poll(save) saves when that is due and ends the run after a signal, run.share(x) returns
+rank 0's x on every process.
 """
 
 import signal
@@ -64,6 +64,7 @@ import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -178,7 +179,7 @@ def emnist_files(root):
 def download_emnist(root):
     """Downloads torchvision's archive, checks it, unpacks it aside and moves complete files into place."""
     beside, raw = Path(root) / ".download", Path(root) / "EMNIST" / "raw"
-    offline = f"put the four files emnist-byclass-*-ubyte into {raw}, or name their --data-dir"
+    offline = f"put the four files emnist-byclass-*-ubyte into {raw}, or see --data-dir"
     with download("EMNIST (536 MB)", torchvision.datasets.EMNIST.url, Path(root), "--data-dir", offline):
         if all(path.exists() for path in emnist_files(root)):
             return  # another process was faster
@@ -272,7 +273,7 @@ def resize(images, size):
 
 
 def draw_affine(n, generator):
-    """Random maps for affine_grid [n, 2, 3]: within ±10°, a size of 1 / (1 ± 0.12), ±1.4 of 28 pixels."""
+    """Random maps for affine_grid [n, 2, 3]: within ±10°, scaled by 0.89 to 1.14, ±1.4 of 28 pixels."""
     u = torch.rand(n, 4, generator=generator) * 2 - 1
     angle, scale = u[:, 0] * math.radians(10), 1 + 0.12 * u[:, 1]
     # affine_grid's unit is half an image, 14 pixels; coordinates scaled by s shrink the image by s
@@ -361,12 +362,18 @@ class Section(nn.Module):
         return x if self.fc is None else self.fc(x)
 
 
-# what trains: (number of frozen blocks, out of stem and layer1 to layer4; name prefixes of the trained
-# parameters; their count, without fc). "layer4", for example, freezes the first four blocks
+class Part(NamedTuple):
+    """What trains: all but the first `frozen_blocks` of stem, layer1, layer2, layer3 and layer4."""
+
+    frozen_blocks: int
+    prefixes: tuple  # of the trained parameters' names
+    parameters: int  # trained ones, without fc's
+
+
 PARTS = {
-    "fc": (5, ("fc.",), 0),
-    "layer4": (4, ("layer4.", "fc."), 8_393_728),
-    "all": (0, ("",), 11_176_512),
+    "fc": Part(5, ("fc.",), 0),
+    "layer4": Part(4, ("layer4.", "fc."), 8_393_728),
+    "all": Part(0, ("",), 11_176_512),  # every name begins with ""
 }
 
 
@@ -443,14 +450,16 @@ def synchronize(device):
 def in_batches(run, forward, shape, what, start=0, total=None, dtype=torch.float32, save=lambda: None):
     """Calls forward(indices) for the images start, start + 1, ... of a set, in batches of EVAL_BATCH, and
     collects its outputs in one tensor of the given shape. forward is, for example, prepare() and the frozen
-    layers. Processes take batches in turn; each gets all rows.
+    layers. Processes take batches in turn; each gets all rows. `total`, the set's size, is for the progress
+    line.
     """
     memory = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     rows = torch.empty(shape, dtype=dtype, device=run.device, memory_format=memory).zero_()
-    began, index = time.monotonic(), torch.arange(start, start + shape[0], device=run.device)
+    index = torch.arange(start, start + shape[0], device=run.device)
+    began = time.monotonic()
     for first in range(0, len(index), EVAL_BATCH * run.world):
-        at = first + run.rank * EVAL_BATCH
-        mine = slice(at, at + EVAL_BATCH)  # this process's batch, empty past the end
+        mine_start = first + run.rank * EVAL_BATCH
+        mine = slice(mine_start, mine_start + EVAL_BATCH)  # this process's batch, empty past the end
         if len(index[mine]):
             # a slice: with --deterministic, writing by index would make CUDA copy all of `rows`
             rows[mine] = forward(index[mine])
@@ -554,7 +563,7 @@ class Inputs:
 
     def decide_cache(self, count):
         """Decides whether layer3's output is kept in memory, and prints it. A resumed run keeps its choice,
-        unless --cache-gb or several processes decide."""
+        unless --cache-gb is given or there are several processes."""
         run = self.run
         fits, need, limit = cache_fits(run, count, run.settings.image_size)
         if self.in_memory is None or run.settings.cache_gb is not None or run.world > 1:
@@ -648,15 +657,16 @@ class Trainer:
             self.params, lr=stage.lr, weight_decay=stage.weight_decay, fused=run.device.type != "mps"
         )
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.settings.amp == "fp16")
-        # the model has the best weights so far, or the first ones, and ends this stage with them if no epoch
-        # beats them: copy them anew, as this stage trains other layers
+        # if no epoch improves on the stage before, this one ends with the weights that it starts from; they
+        # are copied again, as it trains other layers
         best = self.state.best | {"weights": self.trained_weights()}
-        whole = {name: getattr(self.state, name) for name in ("peak", "spent", "history", "stages")}
-        self.state = State(torch.zeros(2, device=run.device), best, number, **whole)
+        carried = {name: getattr(self.state, name) for name in ("peak", "spent", "history", "stages")}
+        self.state = State(torch.zeros(2, device=run.device), best, number, **carried)
 
     def learning_rate(self):
         """1) linear warm-up, 2) half a cosine towards zero."""
-        step, warm = self.state.epoch * self.steps + self.state.step, self.stage.warmup_epochs * self.steps
+        step = self.state.epoch * self.steps + self.state.step
+        warm = self.stage.warmup_epochs * self.steps
         if step < warm:
             return self.stage.lr * (step + 1) / (warm + 1)
         rest = max(1.0, self.stage.epochs * self.steps - warm)
@@ -676,10 +686,10 @@ class Trainer:
         y = self.data.labels["train"][mine]
         head = self.ddp or self.head  # DDP averages the gradients over the processes
         logits = head(self.inputs("train", mine, theta))
-        # this process's part of the step's mean loss; scaled by the number of processes below, as DDP's mean
-        # is to be the whole step's gradient
+        # this process's part of the step's mean loss
         loss = F.cross_entropy(logits, y, reduction="sum") / len(index)
         self.optimizer.zero_grad()
+        # times the number of processes: DDP takes the mean of their gradients, which are to be added up
         self.scaler.scale(loss * run.world).backward()
         self.optimizer.param_groups[0]["lr"] = self.learning_rate()
         self.scaler.step(self.optimizer)
@@ -709,7 +719,7 @@ class Trainer:
         if state.done:
             return
         self.save()  # a kill while inputs are computed must not fall back to the previous stage
-        if not self.finished():
+        if not self.finished():  # a resumed stage may be
             self.inputs.compute(self.timer)
             if run.world > 1:
                 self.wrap()
@@ -820,7 +830,7 @@ class Trainer:
 
     def trained_weights(self):
         """A copy of what trains, statistics included; the frozen rest never changes and is not in last.pt."""
-        prefixes = PARTS[self.stage.trains][1]
+        prefixes = PARTS[self.stage.trains].prefixes
         return {k: v.cpu().clone() for k, v in self.model.state_dict().items() if k.startswith(prefixes)}
 
     def save(self):
@@ -869,8 +879,6 @@ class Trainer:
         self.scaler.load_state_dict(last["scaler"])
         self.state, self.inputs.in_memory = state, last["in_memory"]
         self.timer = Timer(self.run.device, state.spent)
-        if self.run.main and state.history:
-            self.publish()  # a kill may have come between last.pt and these
 
     def summary(self):
         """What metrics.json says about a finished stage."""
@@ -899,20 +907,25 @@ def stages_of(name, settings):
 
 
 def resume(run, data, make_model, stages, folder):
-    """(The regime's trainer, from last.pt, the one before it, or new; whether it is continued)."""
+    """(The regime's trainer, restored from last.pt or the checkpoint before it, or new; whether restored)."""
     for path in (folder / "last.pt", folder / "last.pt.prev"):
         last = run.share(try_read(path, ["number"]) if run.main and path.exists() else None)
-        if last is not None:
-            trainer = Trainer(run, data, make_model(), stages, folder)
-            try:
-                trainer.load(last)
-            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
-                run.say(f"{path} is damaged or not this run's ({one_line(e)}): not used")
-                continue
-            if run.main and path.name != "last.pt":  # last.pt is missing, or was refused above
-                os.replace(path, folder / "last.pt")
-                run.say(f"continuing from the checkpoint before it ({path.name})")
-            return trainer, True
+        if last is None:
+            continue
+        trainer = Trainer(run, data, make_model(), stages, folder)
+        try:
+            trainer.load(last)
+        except torch.OutOfMemoryError:  # a RuntimeError, but not the file's fault
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
+            run.say(f"{path} is damaged or not this run's ({one_line(e)}): not used")
+            continue
+        if run.main and path.name != "last.pt":  # last.pt is missing, or was refused above
+            os.replace(path, folder / "last.pt")
+            run.say(f"continuing from the previous checkpoint, {path.name}")
+        if run.main and trainer.state.history:
+            trainer.publish()  # a kill may have come between last.pt and these
+        return trainer, True
     if (folder / "log.csv").exists():
         run.say(f"{folder} has no usable last.pt: starting again from the beginning")
     return Trainer(run, data, make_model(), stages, folder), False
@@ -997,7 +1010,7 @@ def run_regime(run, name, data, weights, weights_name, todo):
         plan(run, data, trainer, todo)  # prints an estimate, changes nothing
     reset_peak(run.device)
     for number in range(trainer.state.number, len(stages)):
-        if number > trainer.state.number:  # the first of these has begun
+        if number > trainer.state.number:  # the first of these stages is already set up
             trainer.begin(number)
         state, stage = trainer.state, stages[number]
         place = f"{name}, {stage.trains} (stage {number + 1} of {len(stages)})" if len(stages) > 1 else name
@@ -1105,7 +1118,8 @@ def evaluate(args):
     logits = logits_of(run, data, Inputs(run, data, frozen, "fc"), head, "test")
     write_test_files(run, out, data, logits, name)
     row = test_metrics(data.labels["test"].cpu(), logits, classes)
-    write_json(out / "metrics.json", {"checkpoint": args.evaluate, **about_run(run, data, name), **row})
+    content = {"checkpoint": args.evaluate, **about_run(run, data, name), **row}
+    write_json(out / "metrics.json", content | {"checksum": checksum(content)})
     accuracy, f1 = row["test_accuracy"], row["test_f1_macro"]
     dry = "DRY RUN, one batch: " if args.dry_run else ""
     run.say(f"{dry}{name}: test accuracy {accuracy:.2%}, macro-F1 {f1:.4f} ({data.name}); results in {out}")
@@ -1148,22 +1162,27 @@ def estimate(run, stages, costs, sizes, image_size, on_disk, state=None):
         (frozen, step), epochs = costs[stage.trains], stage.epochs
         if state and number == state.number:
             epochs = 0 if state.done else epochs - state.epoch
-        once = stage.trains == "fc" or (stage.trains == "layer4" and fits)
-        passes = min(1, epochs) if once else epochs  # through the frozen layers
-        seconds += frozen * ((epochs if run.settings.augment else passes) * train + passes * val)
+        # how often each set passes through the frozen layers
+        kept = stage.trains == "fc" or (stage.trains == "layer4" and fits)
+        val_passes = min(1, epochs) if kept else epochs
+        train_passes = epochs if run.settings.augment else val_passes
+        seconds += frozen * (train_passes * train + val_passes * val)
         if stage.trains == "fc":
-            seconds -= frozen * passes * on_disk
+            seconds -= frozen * val_passes * on_disk
         seconds += epochs * (step * train + step / 3 * val)  # forward is about a third of a training step
-    return seconds + (frozen + step / 3) * sizes["test"]  # by the last stage's network: its costs
+    frozen, step = costs[stages[-1].trains]
+    return seconds + (frozen + step / 3) * sizes["test"]
 
 
 def plan(run, data, trainer, todo):
     """Says how long the unfinished regimes will take, from a few timed batches; without a GPU, also how long
     all images at 224 px would take."""
-    settings, stages = run.settings, {name: stages_of(name, run.settings) for name in todo}
+    settings = run.settings
+    stages = {name: stages_of(name, settings) for name in todo}
     every = sorted({stage.trains for name in todo for stage in stages[name]})
     costs = {trains: time_per_image(run, data, trainer.model, trains) for trains in every}
-    sizes, texts = {name: len(labels) for name, labels in data.labels.items()}, []
+    sizes = {name: len(labels) for name, labels in data.labels.items()}
+    texts = []
     n = sum(sizes[name] for name in kept_sets(settings))  # images with kept probe features
     on_disk = min(n, CHUNK * len(list((run.out / "features").glob("*.pt"))))
     for name in todo:
@@ -1192,11 +1211,6 @@ def plan(run, data, trainer, todo):
 
 # ---------------------------------------------------------------------------------------------- comparison
 
-TEXTS = ("regime", "dataset", "weights", "device", "amp")
-NUMBERS = (
-    *("image_size", "seed", "processes", "trainable_params", "epochs_run", "samples_per_epoch"),
-    *("update_budget", "train_seconds", "total_seconds", "test_accuracy", "test_f1_macro"),
-)
 DIFFERENCES = {  # how two runs of a regime may differ, and a label's words for it
     "dataset": "{}",
     "weights": "{} weights",
@@ -1219,16 +1233,10 @@ def checksum(row):
 
 
 def read_metrics(path):
-    """A regime's metrics.json; ValueError if it is damaged, changed or lacks what a comparison needs."""
+    """A regime's metrics.json; ValueError if it is damaged or was changed."""
     row = json.loads(path.read_bytes())
-    if not isinstance(row, dict) or row.get("checksum") not in (None, checksum(row)):  # None: an older run
-        raise ValueError("it has been changed since the run wrote it")
-    if "checkpoint" in row:
-        raise ValueError("it is the result of --evaluate, not of a run")
-    wrong = [k for k in TEXTS if not isinstance(row.get(k), str)]
-    wrong += [k for k in NUMBERS if type(row.get(k)) not in (int, float) or not 0 <= row[k] < 1e15]
-    if wrong:
-        raise ValueError(f"missing or of the wrong type: {', '.join(wrong)}")
+    if not isinstance(row, dict) or row.get("checksum") != checksum(row):
+        raise ValueError("it is not as the run wrote it")
     return row
 
 
@@ -1236,8 +1244,7 @@ def label_rows(rows):
     """Gives every row a label: the regime and, where several rows have the same one, what differs."""
     for row in rows:
         same = [r for r in rows if r["regime"] == row["regime"]]
-        values = {k: {str(r[k]) for r in same if k in r} for k in DIFFERENCES}  # an older run lacks some
-        words = [DIFFERENCES[k].format(row[k]) for k in DIFFERENCES if len(values[k]) > 1 and k in row]
+        words = [text.format(row[k]) for k, text in DIFFERENCES.items() if len({str(r[k]) for r in same}) > 1]
         row["label"] = row["regime"] + (f" ({', '.join(words)})" if words else "")
     labels = [row["label"] for row in rows]
     for k, label in enumerate(labels):
@@ -1247,8 +1254,9 @@ def label_rows(rows):
 
 def trade_off(rows):
     """One sentence from the numbers: what the most accurate costs over the cheapest."""
-    cheap, best = min(rows, key=lambda r: r["train_seconds"]), max(rows, key=lambda r: r["test_accuracy"])
-    if any(r.get("dry_run") for r in rows):
+    cheap = min(rows, key=lambda r: r["train_seconds"])
+    best = max(rows, key=lambda r: (r["test_accuracy"], -r["train_seconds"]))
+    if any(r["dry_run"] for r in rows):
         return "DRY RUN, one batch: these numbers say nothing."
     if len(rows) == 1:
         return f"{best['label']} reaches {best['test_accuracy']:.2%}; there is nothing to compare it with."
@@ -1279,7 +1287,7 @@ def write_comparison(folder, rows):
         )
     tests = dict.fromkeys(f"{r['dataset']}; {r['weights']} weights; {r['image_size']} px" for r in rows)
     sentence = trade_off(rows)
-    dry = f"{sentence} " if any(r.get("dry_run") for r in rows) else ""
+    dry = f"{sentence} " if any(r["dry_run"] for r in rows) else ""
     lines = [f"{dry}Test set of {' / '.join(tests)}.", "", *(f"| {row} |" for row in table), "", sentence, ""]
     draw_comparison(folder / "comparison.png", rows, dry)
     write_bytes(folder / "comparison.md", "\n".join(lines).encode())
@@ -1296,11 +1304,15 @@ def compare(args):
             print(f"{folder}: no finished regime (metrics.json) there; skipped", flush=True)
         for path in paths:
             try:
-                rows.append(read_metrics(path))
+                row = read_metrics(path)
             except (OSError, ValueError) as e:
                 raise InputError(f"--compare: {path} can't be used ({one_line(e)})") from e
-            if rows[-1].get("dry_run"):
+            if row["dry_run"]:
                 raise InputError(f"--compare: {path} comes from a dry run and means nothing")
+            if "checkpoint" in row:
+                print(f"{path}: the result of --evaluate, not of a run; skipped", flush=True)
+            else:
+                rows.append(row)
     if not rows:
         raise InputError("--compare: no regime has finished there")
     out = make_folder(args.out or f"results/resnet18-compare-{datetime.now():%Y%m%d-%H%M%S}")
@@ -1421,9 +1433,8 @@ def draw_top_confusions(path, confusion, data, predicted, title, pairs=12, examp
 
 def draw_comparison(path, rows, dry):
     """Accuracy and macro-F1 against two costs; validation curves."""
-    curves = [[100 * a for a in r.get("val_accuracies", [])] for r in rows]  # an older run has none
-    columns, colours = (3 if any(curves) else 2), COLOURS * len(rows)
-    figure, axes = new_figure(15, 4.4, 1, columns, dry)
+    colours = COLOURS * len(rows)
+    figure, axes = new_figure(15, 4.4, 1, 3, dry)
     costs = {"train_seconds": "training time (s), caches included", "update_budget": "samples seen"}
     for ax, (cost, label) in zip(axes[0], costs.items()):
         for r, colour in zip(rows, colours):
@@ -1441,10 +1452,10 @@ def draw_comparison(path, rows, dry):
         else:
             ax.set_xlim(0, 1.2 * most)
         ax.margins(y=0.15)
-    for curve, colour in zip(curves, colours):
-        axes[0, -1].plot(range(1, len(curve) + 1), curve, "o-", color=colour, ms=4)
-    if any(curves):
-        finish_axes(axes[0, -1], xlabel="epoch", ylabel="validation accuracy (%)")
+    for r, colour in zip(rows, colours):
+        curve = [100 * accuracy for accuracy in r["val_accuracies"]]
+        axes[0, 2].plot(range(1, len(curve) + 1), curve, "o-", color=colour, ms=4)
+    finish_axes(axes[0, 2], xlabel="epoch", ylabel="validation accuracy (%)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(rows)))
     save_figure(figure, path)
@@ -1665,12 +1676,12 @@ class Run:
         if self.live and since > 0.3:
             print("\r\033[K" + text(*args)[: shutil.get_terminal_size().columns - 1], end="", flush=True)
             self.printed_at = time.monotonic()
-        elif self.main and not self.live and since > 20:  # with the batch that runs, no more than 30 s
+        elif self.main and not self.live and since > 20:  # plus the current batch: at most 30 s between lines
             self.say(text(*args))
 
     def from_rank0(self, key, work):
         """What work() returns on rank 0, on every rank. The others ask every second and don't wait in a
-        collective: nothing is saved yet, so that a signal must end them, and a download may take long."""
+        collective: nothing has been saved yet, so a signal must end them, and a download may take long."""
         box = []  # stays empty after an error
         if self.main:
             try:
@@ -1794,7 +1805,7 @@ def cgroups_left(system=Path("/")):
             with contextlib.suppress(OSError, ValueError):  # the limit reads 'max' where there is none
                 left = int((folder / limit).read_text()) - int((folder / used).read_text())
                 stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
-                yield left + int(stat.get(cache, 0))  # files read long ago give way
+                yield left + int(stat.get(cache, 0))  # the kernel can reclaim these
 
 
 def peak_bytes(device):
@@ -1856,7 +1867,7 @@ def download(what, url, folder, flag, offline):
             print(f"downloading {what} from {url} ...", flush=True)
             yield
     except Exception as e:  # whatever network, server, archive or folder may throw
-        # the errno of an URLError is None; an SSLError has one of its own numbering
+        # the errno of a URLError is None; an SSLError has one of its own numbering
         if getattr(e, "errno", None) in FOLDER_ERRORS and not isinstance(e, ssl.SSLError):
             raise InputError(f"{flag}: {folder} can't be written ({one_line(e)})") from e
         text = f"{what} can't be downloaded from {url} ({one_line(e)}). Offline: {offline}"
@@ -1887,7 +1898,7 @@ def write_bytes(path, content, keep=False):
     except OSError as e:
         with contextlib.suppress(OSError):  # half a file would keep a full disk full
             temporary.unlink()
-        rest = "; the one before it is intact" if path.exists() else ""
+        rest = "; the previous version is intact" if path.exists() else ""
         raise RunFailed(f"{path} can't be written ({e.strerror}){rest}") from e
 
 
@@ -1910,7 +1921,7 @@ def save_tensors(path, content, keep=False):
 
 
 def read_tensors(path):
-    """torch.load of plain tensors and numbers; also compares an archive's checksums, unlike torch.load."""
+    """torch.load of plain tensors and numbers; also verifies an archive's checksums, unlike torch.load."""
     content = Path(path).read_bytes()
     if not content.startswith(b"\x80\x02"):  # before torch 1.6: a bare pickle, which has no checksums
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -1922,14 +1933,14 @@ def read_tensors(path):
 def try_read(path, keys):
     """The file's dict, or None with a message if it is torn or damaged or lacks one of the keys.
 
-    Raises OSError if it can't be read, as it may be whole.
+    Raises OSError or MemoryError if it can't be read, as it may be whole.
     """
     try:
         content = read_tensors(path)
         if not isinstance(content, dict) or not content.keys() >= set(keys):
             raise ValueError(f"it lacks some of {', '.join(keys)}")
         return content
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as e:  # a torn file raises anything from BadZipFile to UnpicklingError
         print(f"{path} is torn or damaged ({one_line(e, 80)}): not used", flush=True)
@@ -1998,7 +2009,12 @@ def build_parser():
     add = p.add_argument_group("data").add_argument
     text = "auto: EMNIST, or scikit-learn's digits if it can't be downloaded (default: %(default)s)"
     add("--dataset", choices=("auto", "emnist", "digits"), default="auto", help=text)
-    add("--data-dir", default="data", metavar="DIR", help="folder that holds EMNIST (default: %(default)s)")
+    add(
+        "--data-dir",
+        default="data",
+        metavar="DIR",
+        help="folder that holds EMNIST/raw (default: %(default)s)",
+    )
     text = "training + validation images, 0: all (default: 0; EMNIST on a CPU: 12000)"
     add("--limit", type=number(int, 0), metavar="N", help=text)
     text = "side in pixels after resizing (default: 224; EMNIST on a CPU: 64)"
@@ -2094,10 +2110,7 @@ def read_args(path, args):
     try:
         before = json.loads(path.read_bytes())
         old = before["arguments"]
-        if "limit" not in before and "checksum" not in before:  # an older version's: all images, and its size
-            before |= {"limit": old["limit"] or 0, "image_size": old["image_size"]}
-            new["image_size"] = new["image_size"] or old["image_size"]
-        elif before["checksum"] != checksum(before):
+        if before["checksum"] != checksum(before):
             raise ValueError("its checksum does not match")
         if missing := RESOLVED - before.keys():
             raise KeyError(*missing)
@@ -2244,7 +2257,7 @@ def run_training(args):
     run = Run(args)
     with contextlib.ExitStack() as stack:
         if run.world > 1:
-            # not after an error: NCCL would wait for the others, which go on, and no message be printed
+            # not after an error: NCCL would wait for the others, and no message would be printed
             stack.push(lambda error, *_: None if error else dist.destroy_process_group())
         run.out, before = run.from_rank0("out", lambda: open_out(args, stack))
         rows, sentence = run.from_rank0("finished", lambda: finished_rows(run.out, args.regimes, before))
@@ -2309,7 +2322,7 @@ def main(argv=None):
         print(f"error: {e}", file=sys.stderr, flush=True)
         return 2
     except OSError as e:
-        # mostly of a print: the reader of a pipe has gone, as `head` does, or a disk is full; without this
+        # usually from a print: the pipe's reader has exited, as `head` does, or a disk is full; without this
         # line the interpreter complains when it flushes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141 if isinstance(e, BrokenPipeError) else failure(e)  # 141: as a shell shows SIGPIPE

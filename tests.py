@@ -1405,20 +1405,29 @@ class Predict(Case):
 
 class Import(Case):
     def test_no_side_effects(self):
-        """Importing prints, writes, fetches and seeds nothing, and leaves pyplot and its backend alone."""
+        """Importing a script prints, writes, fetches and seeds nothing, and sets neither a signal handler nor
+        pyplot's backend; neither script needs fcntl or resource, which Windows lacks."""
         code = (
-            "import socket, sys, torch; sys.path.insert(0, sys.argv[1])\n"
+            "import signal, socket, sys, torch, torchvision\n"
+            "sys.modules['fcntl'] = sys.modules['resource'] = None\n"
             "socket.socket.connect = socket.create_connection = socket.getaddrinfo = None\n"
-            "def state(): return *torch.get_rng_state(), torch.is_grad_enabled(), torch.get_num_threads()\n"
-            "before = state(); import cnn_from_scratch; assert state() == before\n"
+            "def state():\n"
+            "    flags = torch.is_grad_enabled(), torch.get_num_threads(), signal.getsignal(signal.SIGINT)\n"
+            "    return *torch.get_rng_state(), *flags\n"
+            "before = state()\n"
+            "sys.path.insert(0, sys.argv[1])\n"
+            "script = __import__(sys.argv[2])\n"
+            "assert state() == before and script.fcntl is None\n"
             "assert not torch.are_deterministic_algorithms_enabled() and not torch.cuda.is_initialized()\n"
             "assert 'matplotlib.pyplot' not in sys.modules\n"
         )
-        here, empty = str(Path(c.__file__).resolve().parent), self.tmp / "empty"
+        empty = self.tmp / "empty"
         empty.mkdir()
-        argv = [sys.executable, "-B", "-W", "error::UserWarning:cnn_from_scratch", "-c", code, here]
-        done = subprocess.run(argv, cwd=empty, capture_output=True, text=True)
-        self.assertEqual((done.returncode, done.stdout, done.stderr, [*empty.iterdir()]), (0, "", "", []))
+        for script in (c, r):
+            here, name = str(Path(script.__file__).resolve().parent), script.__name__
+            argv = [sys.executable, "-B", "-W", f"error::UserWarning:{name}", "-c", code, here, name]
+            done = subprocess.run(argv, cwd=empty, capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stdout, done.stderr, [*empty.iterdir()]), (0, "", "", []))
         self.say("silent, no file, no socket, no pyplot, no seed")
 
     def test_reading_is_the_same(self):
@@ -1471,8 +1480,9 @@ def slim_resnet():
 def slim():
     """Within: a network of 0.3 million parameters, and empty pictures, which take longer than a small run."""
     parts, sizes = {}, {k: p.numel() for k, p in slim_resnet().named_parameters() if k[:3] != "fc."}
-    for part, (cut, names, _) in r.PARTS.items():
-        parts[part] = cut, names, sum(n for k, n in sizes.items() if k.startswith(names))
+    for name, part in r.PARTS.items():
+        count = sum(n for k, n in sizes.items() if k.startswith(part.prefixes))
+        parts[name] = part._replace(parameters=count)
     drawing = [name for name in vars(r) if name.startswith("draw_") and name != "draw_affine"]
     with mock.patch.multiple(r, PARTS=parts, **dict.fromkeys(drawing, empty_picture)):
         with mock.patch.object(torchvision.models, "resnet18", slim_resnet):
@@ -1755,14 +1765,14 @@ class ResnetTraining(ResnetCase):
             before = {k: v.clone() for k, v in t.model.state_dict().items()}
             quiet(t.train)
             changed = {k for k, v in t.model.state_dict().items() if not torch.equal(v, before[k])}
-            self.assertEqual(changed, {k for k in before if k.startswith(r.PARTS[trains][1])})
+            self.assertEqual(changed, {k for k in before if k.startswith(r.PARTS[trains].prefixes)})
             self.say(f"{trains}: {len(changed)} tensors changed, {len(before) - len(changed)} did not")
 
     def test_step(self):
         """One step is a plain loop's: gradient of the mean loss, AdamW, statistics of what trains."""
         for trains, regime in REGIMES.items():
             t = self.trainer(regime, "--batch-size", 64, "--warmup-epochs", 0)
-            model, names = r.build_model(62, None, 0).eval(), r.PARTS[trains][1]
+            model, names = r.build_model(62, None, 0).eval(), r.PARTS[trains].prefixes
             for name, module in model.named_modules():
                 module.train(f"{name}.".startswith(names))
             theirs = [p for k, p in model.named_parameters() if k.startswith(names)]
@@ -1960,12 +1970,10 @@ class ResnetMetrics(ResnetCase):
         row = dict(regime="full", dataset="EMNIST", weights="w", image_size=64, samples_per_epoch=900)
         row |= dict(augment=False, learning_rate=1e-3, epochs_run=3, seed=0, test_accuracy=0.8)
         row |= dict(train_seconds=9.0, test_f1_macro=0.7, update_budget=9, trainable_params=5)
-        for key, value, words in (
-            ("image_size", 224, "224 px"),
-            ("augment", True, "augmented: True"),
-            ("samples_per_epoch", 12_000, "12,000 training images"),
-            ("learning_rate", 0.05, "lr 0.05"),
-        ):
+        row |= dict(amp="off", processes=1, device="cpu", dry_run=False)
+        cases = ("image_size", 224, "224 px"), ("augment", True, "augmented: True")
+        cases += ("samples_per_epoch", 12_000, "12,000 training images"), ("learning_rate", 0.05, "lr 0.05")
+        for key, value, words in cases:
             rows = [dict(row), row | {key: value}]
             r.label_rows(rows)
             self.assertEqual(rows[1]["label"], f"full ({words})")
@@ -1977,6 +1985,8 @@ class ResnetMetrics(ResnetCase):
         labels = ["full (seed 0) (run 1)", "full (seed 0) (run 2)", "full (seed 1)"]
         self.assertEqual([t["label"] for t in rows], labels)
         self.assertIn("both the cheapest and the most accurate", r.trade_off(twins))
+        slower = row | {"label": "slower", "train_seconds": 10.0}  # as accurate, but not as cheap
+        self.assertIn("both the cheapest and the most accurate", r.trade_off([slower, twins[0]]))
         self.assertNotIn("cheapest", r.trade_off(twins[:1]))
         self.say(rows[1]["label"])
 
@@ -2096,7 +2106,8 @@ class ResnetRuns(ResnetCase):
             self.assertEqual(row[k], self.row[k])
         self.assertEqual({p.name for p in to.iterdir()}, TEST_FILES)
         self.refused("comes from a run on emnist, not digits", *argv, "--dataset", "digits")
-        self.refused("it is the result of --evaluate", "--compare", to, "--out", self.tmp / "compared")
+        text = self.runs("--compare", self.out, to, "--out", self.tmp / "compared")
+        self.assertIn("the result of --evaluate, not of a run; skipped", text)
         self.assertEqual((to / "confusion.csv").read_bytes(), (best.parent / "confusion.csv").read_bytes())
         (model, classes, size), data = r.load_model(best), r.load_emnist(self.data)
         self.assertEqual((model.training, classes, size), (False, r.CLASSES, 32))
@@ -2114,18 +2125,6 @@ class ResnetRuns(ResnetCase):
             self.refused("another run is writing into", *self.argv, self.out)
         self.say(text[-60:])
 
-    def test_older_run(self):
-        """One of before `limit` and `image_size` were resolved goes on with all images and its 224 px."""
-        path, resolved = self.tmp / "args.json", dict.fromkeys(r.RESOLVED - {"limit", "image_size"}, "x")
-        typed = vars(r.parse_args([])) | {"image_size": 224}
-        path.write_text(json.dumps({"arguments": typed, **resolved}))
-        for flags in ([], ["--image-size", "224"]):
-            before = r.read_args(path, r.parse_args(flags))
-            self.assertEqual((before["limit"], before["image_size"]), (0, 224))
-        other = r.parse_args(["--image-size", "64"])
-        self.assertRaisesRegex(r.InputError, "--image-size was 224, now 64", r.read_args, path, other)
-        self.say("continued with all images at 224 px, with and without its flag; 64 px refused")
-
     def test_compare(self):
         """Several folders in one table; a file that was changed, or is not of a run, is refused."""
         target, path = self.tmp / "compared", self.tmp / "changed" / "metrics.json"
@@ -2133,11 +2132,9 @@ class ResnetRuns(ResnetCase):
         self.assertEqual(len(json.loads((target / "comparison.json").read_text())["rows"]), 2)
         self.assertIn("| gradual (run 2) |", text)
         path.parent.mkdir()
-        changed = {"changed since the run wrote it": self.row | {"test_accuracy": 0.99}}
-        changed["missing or of the wrong type: regime"] = {"dataset": "mnist"}
-        for text, content in changed.items():
+        for content in (self.row | {"test_accuracy": 0.99}, {"dataset": "mnist"}):
             path.write_text(json.dumps(content))
-            self.refused(text, "--compare", path.parent, "--out", target)
+            self.refused("not as the run wrote it", "--compare", path.parent, "--out", target)
         self.refused("is a run's own folder", "--compare", self.out, "--out", self.out)
         text = self.runs("--compare", self.out, self.data, "--out", target)  # one that has finished
         self.assertIn(f"{self.data}: no finished regime", text)
@@ -2540,6 +2537,22 @@ class ResnetDamage(ResnetCase):
         self.assertTrue(ends[0] and ends.count(False) > 40, ends)
         self.say(f"{ends.count(False)} of {len(ends) - 1} not used, the others trained on")
 
+    def test_full_while_resuming(self):
+        """A full disk or memory ends a resumed run; its checkpoint is not taken for a damaged one."""
+        t = self.trainer("linear_probe", "--epochs", 2)
+        quiet(t.train)
+        kept = (t.folder / "last.pt").read_bytes()
+        args = t.run, t.data, lambda: t.model, t.recipes, t.folder
+        cases = (os, "fsync", OSError(errno.ENOSPC, "No space left on device"), r.RunFailed)
+        cases = cases, (r, "read_tensors", MemoryError(), MemoryError)
+        cases += ((r.Trainer, "load", torch.OutOfMemoryError(), torch.OutOfMemoryError),)
+        for owner, name, fault, error in cases:
+            with mock.patch.object(owner, name, side_effect=fault):
+                self.assertRaises(error, quiet, r.resume, *args)
+            self.assertEqual((t.folder / "last.pt").read_bytes(), kept)
+        self.assertTrue(r.resume(*args)[1])
+        self.say("three faults, then resumed")
+
     def test_features(self):
         """Of the files of features, a torn one is computed again, to the same bits."""
         t = self.trainer("linear_probe")
@@ -2547,13 +2560,8 @@ class ResnetDamage(ResnetCase):
         want, path = t.inputs.kept["train"].clone(), t.run.out / "features" / "train-00000.pt"
         whole, few = path.read_bytes(), io.BytesIO()
         torch.save({"rows": want[:5], "spent": torch.ones(2)}, few)
-        for damaged, told in (
-            (whole[:5000], 1),
-            (b"", 1),
-            (flip(self.rng, whole, 3000), 1),
-            (few.getvalue(), 0),
-        ):
-            path.write_bytes(damaged)
+        for bad, told in ((whole[:5000], 1), (b"", 1), (flip(self.rng, whole, 3000), 1), (few.getvalue(), 0)):
+            path.write_bytes(bad)
             self.assertEqual(quiet(t.inputs.compute, t.timer).count("torn or damaged"), told)
             self.assertTrue(torch.equal(t.inputs.kept["train"], want))
         self.say("cut, empty, a byte changed, other rows: the same features")
@@ -2681,7 +2689,7 @@ class ResnetDisk(ResnetCase):
             with mock.patch.object(os, "fsync", side_effect=fault):
                 with self.assertRaisesRegex(r.RunFailed, "No space left on device") as caught:
                     r.write_bytes(path, b"new", keep)
-            self.assertEqual("the one before it is intact" in str(caught.exception), before)
+            self.assertEqual("the previous version is intact" in str(caught.exception), before)
             self.assertEqual([p.read_bytes() for p in folder.iterdir()], [b"old"] * before)
             path.unlink(missing_ok=True)
         argv = small_flags(self.data, "--regimes", "linear_probe", "--epochs", 3, "--limit", 100, "--out")
@@ -2862,25 +2870,6 @@ class ResnetStreams(ResnetCase):
         err = process.communicate(timeout=60)[1]
         self.assertEqual((process.returncode, "Traceback" in err), (-signal.SIGINT, False))
         self.say("141; ended by SIGINT after the import of numpy")
-
-    def test_import(self):
-        """Importing prints and makes nothing, seeds nothing, and needs neither fcntl nor resource."""
-        code = (
-            "import sys, torch, torchvision, signal\n"
-            "sys.modules['fcntl'] = sys.modules['resource'] = None\n"
-            "sys.path.insert(0, sys.argv[1])\n"
-            "before = torch.get_rng_state(), signal.getsignal(signal.SIGINT)\n"
-            "import resnet18\n"
-            "assert torch.equal(before[0], torch.get_rng_state()) and resnet18.fcntl is None\n"
-            "assert before[1] == signal.getsignal(signal.SIGINT)\n"
-            "assert 'matplotlib.pyplot' not in sys.modules and not torch.cuda.is_initialized()\n"
-        )
-        here, empty = Path(r.__file__).resolve().parent, Path(tempfile.mkdtemp(dir=self.tmp))
-        argv = [sys.executable, "-B", "-c", code, here]
-        done = subprocess.run(argv, cwd=empty, capture_output=True, text=True)
-        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
-        self.assertEqual(list(empty.iterdir()), [])
-        self.say("silent, no file, no pyplot, no seed")
 
 
 # ---------------------------------------------------------------------------------------------- documents

@@ -151,7 +151,7 @@ def usual_loop(trains, images, labels):
     model = torchvision.models.resnet18()
     model.fc = torch.nn.Linear(512, 62)
     for name, p in model.named_parameters():
-        p.requires_grad = trains == "all" or name.startswith(r.PARTS[trains][1])
+        p.requires_grad = trains == "all" or name.startswith(r.PARTS[trains].prefixes)
     model.train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     x = r.prepare(images, 224).contiguous()
