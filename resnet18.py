@@ -580,13 +580,14 @@ class Inputs:
 def logits_of(run, data, inputs, head, name, save=lambda: None):
     """Logits of the validation or the test set: [n, K] on the CPU."""
     head.eval()
-    # cuDNN's benchmark might pick other kernels in --evaluate: off, so that the figures agree
-    benchmark = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
+    # so that --evaluate has the same figures: cuDNN's benchmark might pick other kernels there, and without
+    # `deterministic` those that it has picked in training would be used here
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     shape = len(data.labels[name]), len(data.classes)
     with torch.no_grad():
         logits = in_batches(run, lambda index: head(inputs(name, index)), shape, name, save=save).cpu()
-    torch.backends.cudnn.benchmark = benchmark
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before
     return logits
 
 
@@ -915,9 +916,9 @@ def resume(run, data, make_model, stages, folder):
         trainer = Trainer(run, data, make_model(), stages, folder)
         try:
             trainer.load(last)
-        except torch.OutOfMemoryError:  # a RuntimeError, but not the file's fault
-            raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
+            if out_of_memory(e) or type(e).__name__ == "AcceleratorError":  # a GPU's
+                raise
             run.say(f"{path} is damaged or not this run's ({one_line(e)}): not used")
             continue
         if run.main and path.name != "last.pt":  # last.pt is missing, or was refused above
@@ -1607,7 +1608,8 @@ def predict(args):
     """--predict: the five most probable characters of each picture; status 2 if one of them can't be read."""
     model, classes, size = load_model(args.checkpoint)
     device, status = choose_device(args.device), 0
-    frozen, head = split_at(model.to(device), "fc", choose_amp(args.amp, device))
+    model = model.to(device, memory_format=layout(device))
+    frozen, head = split_at(model, "fc", choose_amp(args.amp, device))
     head.eval()
     for path in args.predict:
         try:
@@ -2277,10 +2279,16 @@ def run_training(args):
             return 75
 
 
+def out_of_memory(error):
+    """Whether the CPU's or a GPU's memory has run out; some of these errors are plain RuntimeErrors."""
+    kinds, words = (MemoryError, torch.OutOfMemoryError), ("out of memory", "allocate memory")
+    return isinstance(error, kinds) or any(text in str(error) for text in words)
+
+
 def failure(error):
     """One line on stderr for what a user can fix; anything else keeps its traceback."""
     text = one_line(error, 400)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+    if out_of_memory(error):
         text = "out of memory: continue with --cache-gb 0, or take a smaller --batch-size and a new --out"
     elif isinstance(error, Diverged):
         text = f"{error}: try a smaller --lr, with a new --out"

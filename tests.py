@@ -2545,7 +2545,7 @@ class ResnetDamage(ResnetCase):
         args = t.run, t.data, lambda: t.model, t.recipes, t.folder
         cases = (os, "fsync", OSError(errno.ENOSPC, "No space left on device"), r.RunFailed)
         cases = cases, (r, "read_tensors", MemoryError(), MemoryError)
-        cases += ((r.Trainer, "load", torch.OutOfMemoryError(), torch.OutOfMemoryError),)
+        cases += ((r.Trainer, "load", RuntimeError("MPS backend out of memory"), RuntimeError),)
         for owner, name, fault, error in cases:
             with mock.patch.object(owner, name, side_effect=fault):
                 self.assertRaises(error, quiet, r.resume, *args)
