@@ -317,7 +317,8 @@ class MaxPool2D(Module):
         output_size("MaxPool2D", x, self.kernel, self.stride, self.padding)  # only checks that it fits
         (pH, pW), xp = self.padding, x
         if any(self.padding) or self.kernel == (1, 1):  # a 1×1 pooling must not share x's memory
-            xp = F.pad(x, (pW, pW, pH, pH), value=-math.inf)  # N, C, H+2p, W+2p
+            least = -math.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
+            xp = F.pad(x, (pW, pW, pH, pH), value=least)  # N, C, H+2p, W+2p
         # about 2k comparisons per k×k window, not k²
         rows = self.pool(xp, 3)  # N, C, H+2p, Wo
         out = self.pool(rows, 2)  # N, C, Ho, Wo
@@ -399,6 +400,7 @@ class CrossEntropy(Module):
         kind, classes = targets.dtype, logits.shape[1]
         integer = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
         check(integer, f"CrossEntropy: targets are {kind}, expected class numbers of an integer type")
+        check(logits.is_floating_point(), f"CrossEntropy: logits are {logits.dtype}, expected floats")
         targets = targets.long()
         if len(targets):
             low, high = torch.stack(targets.aminmax()).tolist()  # synchronises with a GPU, so only once
@@ -493,7 +495,9 @@ class Sequential(Module):
 class SGD:
     """As torch.optim.SGD: g += weight_decay·p, v = momentum·v + g, p -= lr·v (Nesterov: g + momentum·v).
 
-    A parameter without a gradient is left alone. Raises ValueError for settings that are out of range.
+    A parameter without a gradient is left alone. zero_grad() is needed only if the next backward() does not
+    reach all parameters: it replaces gradients, rather than adding to them. Raises ValueError for settings
+    that are out of range.
     """
 
     def __init__(self, params, lr, momentum=0, nesterov=False, weight_decay=0):
@@ -504,8 +508,14 @@ class SGD:
         check(hasattr(params, "__iter__") and not isinstance(params, torch.Tensor), text)
         self.params, self.lr, self.momentum = list(params), lr, momentum
         check(all(isinstance(p, torch.Tensor) for p in self.params), text)
+        check(self.params, "SGD: no parameters: does a layer of yours not return them from parameters()?")
+        check(len({id(p) for p in self.params}) == len(self.params), "SGD: a parameter occurs twice")
         self.nesterov, self.weight_decay = nesterov, weight_decay
         self.velocity = [None] * len(self.params)
+
+    def zero_grad(self):
+        for p in self.params:
+            p.g = None
 
     @torch.no_grad()
     def step(self):
@@ -577,6 +587,11 @@ FOLDER_ERRORS = {
 }
 
 
+def is_of_folder(error):
+    # the errno of an SSLError is OpenSSL's, not the system's
+    return getattr(error, "errno", None) in FOLDER_ERRORS and not isinstance(error, ssl.SSLError)
+
+
 def one_line(error, limit=200):
     return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
 
@@ -585,7 +600,7 @@ def load_mnist(folder):
     """MNIST: [training set, test set], each a pair (images uint8 [n, 28, 28], labels int64 [n]).
 
     Downloads them into `folder` if they are missing. Raises ConnectionError if that fails, InputError if the
-    files are damaged or the folder can't be written.
+    files are damaged or the folder can't be written, PermissionError if a file can't be read.
     """
     raw, sets = Path(folder) / "MNIST" / "raw", []
     names = [f"{s}-{kind}-ubyte" for s in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -598,6 +613,8 @@ def load_mnist(folder):
             # torchvision checks none of these; max() raises on an empty set, too
             if images.shape[1:] != (28, 28) or len(images) != len(labels) or labels.max() > 9:
                 raise ValueError("images that are not 28×28, not one label for each, or labels above 9")
+        except (MemoryError, PermissionError):
+            raise
         except Exception as e:  # damage shows as anything from an assertion to the end of the file
             raise InputError(f"{raw}: {name}-* is damaged ({one_line(e)}): delete it and start again") from e
         sets.append((images, labels))
@@ -605,7 +622,7 @@ def load_mnist(folder):
 
 
 def download_mnist(folder, raw, names):
-    timeout = socket.getdefaulttimeout()
+    timeout, mirrors = socket.getdefaulttimeout(), torchvision.datasets.MNIST.mirrors
     socket.setdefaulttimeout(30)  # seconds; without it, a server that never answers would hang the run
     try:
         raw.mkdir(parents=True, exist_ok=True)
@@ -615,17 +632,23 @@ def download_mnist(folder, raw, names):
             unpacked.mkdir(parents=True)
             for path in raw.glob("*.gz"):
                 shutil.copy(path, unpacked)
-            torchvision.datasets.MNIST(aside, download=True)  # tries its mirrors, compares checksums
+            for mirror in mirrors:
+                # one by one, as torchvision gives up when a connection breaks off; it compares checksums
+                source = type("MNIST", (torchvision.datasets.MNIST,), {"mirrors": [mirror]})
+                try:
+                    source(aside, download=True)
+                    break
+                except Exception as e:
+                    if mirror == mirrors[-1] or is_of_folder(e):
+                        raise
             for name in names:
                 os.replace(unpacked / name, raw / name)
     except Exception as e:  # network, server, archive or folder: each raises its own
-        # the errno of an SSLError is OpenSSL's, not the system's
-        if getattr(e, "errno", None) in FOLDER_ERRORS and not isinstance(e, ssl.SSLError):
+        if is_of_folder(e):
             raise InputError(f"--data-dir: {raw} can't be written ({one_line(e)})") from e
-        mirrors = " or ".join(torchvision.datasets.MNIST.mirrors)
         raise ConnectionError(
-            f"MNIST is not in {raw} and can't be downloaded from {mirrors} ({one_line(e)}). "
-            f"To continue offline, put {', '.join(names)} there (or the same names with .gz)"
+            f"MNIST is not in {raw} and can't be downloaded from {' or '.join(mirrors)} ({one_line(e)}). "
+            f"To continue offline, put {', '.join(names)} there (or the official files with .gz)"
         ) from e
     finally:
         socket.setdefaulttimeout(timeout)
@@ -897,7 +920,7 @@ def save_pictures(out, title, model, train, test, logits, log):
 
 
 def open_picture(path):
-    """A grey Image, upright, longer side 200 to 800 px, transparency on white.
+    """A grey Image, upright, longer side 200 to 800 px, without transparency.
 
     Raises InputError if it is not an image, is damaged, too large or too thin.
     """
@@ -918,7 +941,10 @@ def open_picture(path):
                 picture = Image.fromarray(deep / max(deep.max(), 1e-9) * 255).convert("L")
             side = min(max(200, *picture.size), 800)
             picture = ImageOps.contain(picture.convert("RGBA"), (side, side))
-            paper = Image.new("RGBA", picture.size, "white")
+            # what is transparent is paper: black if the ink is light
+            grey, alpha = (part / 255 for part in np.moveaxis(np.asarray(picture.convert("LA")), 2, 0))
+            light = (alpha < 0.5).mean() > 0.5 and (grey * alpha).sum() > 0.6 * alpha.sum()
+            paper = Image.new("RGBA", picture.size, "black" if light else "white")
             return Image.alpha_composite(paper, picture).convert("L")
     except Exception as e:  # Pillow's readers throw whatever a damaged file leads to
         raise InputError(f"{path} can't be read ({hint}{one_line(e, 120)})") from e
@@ -1166,7 +1192,7 @@ def claim_folder(out, arguments):
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
-        raise InputError(f"another run is writing into {out}") from e
+        raise InputError(f"another run is writing into {out}: name another --out") from e
     except OSError as e:  # some network file systems have no locks
         print(f"warning: {out} can't be locked ({e.strerror}): use it for one run only", flush=True)
     if finished(out, arguments):  # asked again, as another run may have had the lock until now
@@ -1182,7 +1208,8 @@ def run(args):
     out = Path(args.out or f"results/cnn-{datetime.now():%Y%m%d-%H%M%S}")
     arguments = {k: v for k, v in vars(args).items() if k not in ("out", "data_dir", "predict", "checkpoint")}
     if finished(out, arguments):
-        print(f"finished before, nothing to do: {out} (delete the folder to train again)")
+        dataset = "digits" if '"dataset": "digits"' in (out / "metrics.json").read_text() else "mnist"
+        print(f"finished before, on {dataset}, nothing to do: {out} (delete the folder to train again)")
         return 0
     device = choose_device(args.device)
     seed_everything(args.seed, args.deterministic)
@@ -1290,8 +1317,10 @@ def main(argv=None):
     except (InputError, FloatingPointError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, InputError) else 1
-    except torch.OutOfMemoryError:
-        print("error: out of GPU memory, try a smaller --batch-size", file=sys.stderr)
+    except (MemoryError, RuntimeError) as e:
+        if not (isinstance(e, MemoryError) or "out of memory" in str(e) or "allocate memory" in str(e)):
+            raise
+        print("error: out of memory, try a smaller --batch-size", file=sys.stderr)
         return 1
     except OSError as e:
         # mostly from print(): the pipe's reader is gone (`| head`), or a disk is full. Python flushes

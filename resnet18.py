@@ -206,9 +206,9 @@ def load_emnist(root):
                 raise ValueError(f"{len(labels)} labels, images {images.dtype} {list(images.shape)}")
             if labels.min() < 0 or labels.max() >= len(CLASSES):
                 raise ValueError(f"labels {labels.min()} to {labels.max()}, expected 0 to {len(CLASSES) - 1}")
-        except MemoryError:
-            raise
         except Exception as e:  # damage shows in many ways: assertion, reshape, end of file, labels
+            if not_the_files_fault(e):
+                raise
             damaged = files[0].parent / f"emnist-byclass-{name}-*"
             raise InputError(f"{damaged} is damaged ({one_line(e)}): delete it and start again") from e
         data.images[name], data.labels[name] = upright(images), labels
@@ -322,6 +322,8 @@ def load_weights(spec):
         if wrong:
             raise ValueError(f"missing, unknown or not finite: {', '.join(wrong[:3])}")
     except Exception as e:  # whatever torch.load raises for a file that is something else
+        if not_the_files_fault(e) and not isinstance(e, (FileNotFoundError, IsADirectoryError)):
+            raise
         raise InputError(f"--weights: {path} can't be used ({one_line(e, 300)}): {hint}") from e
     return state, name
 
@@ -405,6 +407,8 @@ def read_best(path):
             raise ValueError("a weight is not finite")
         return model.eval(), best
     except Exception as e:  # unpickling fails in many ways
+        if out_of_memory(e):
+            raise
         raise InputError(f"{path} is damaged or not this script's best.pt ({one_line(e)})") from e
 
 
@@ -553,13 +557,14 @@ class Inputs:
             rate = count / spent[0]
             run.say(f"features of {count:,} images: {duration(spent[0])} ({rate:,.0f} images/s)")
         elif self.trains == "layer4" and self.decide_cache(count):
+            began = time.monotonic()
             for name in names:
                 forward = functools.partial(self.run_frozen, name)
                 shape = layer3_shape(len(self.data.labels[name]), run.settings.image_size)
                 kind = AMP_TYPES[run.settings.amp]
                 self.kept[name] = in_batches(run, forward, shape, f"cache, {name}", dtype=kind)
             timer("cache")
-            run.say(f"layer3's output computed in {duration(timer.spent['cache'][0])}")
+            run.say(f"layer3's output computed in {duration(time.monotonic() - began)}")
 
     def decide_cache(self, count):
         """Decides whether layer3's output is kept in memory, and prints it. A resumed run keeps its choice,
@@ -627,8 +632,10 @@ class State:
     reference: float = -1.0  # validation accuracy that the next epoch must beat by MIN_DELTA
     stale: int = 0  # epochs since it was last beaten
     done: bool = False  # the stage has ended and the model has the best weights
+    diverged: bool = False
     # of the whole regime
     peak: int = 0  # bytes
+    logged: float = 0.0  # the seconds of training and validation in log.csv
     spent: dict = field(default_factory=dict)  # phase -> [wall, CPU] seconds: a Timer's
     history: list = field(default_factory=list)  # the rows of log.csv
     stages: list = field(default_factory=list)  # summaries of the finished ones
@@ -661,7 +668,8 @@ class Trainer:
         # if no epoch improves on the stage before, this one ends with the weights that it starts from; they
         # are copied again, as it trains other layers
         best = self.state.best | {"weights": self.trained_weights()}
-        carried = {name: getattr(self.state, name) for name in ("peak", "spent", "history", "stages")}
+        whole_regime = ("peak", "logged", "spent", "history", "stages")
+        carried = {name: getattr(self.state, name) for name in whole_regime}
         self.state = State(torch.zeros(2, device=run.device), best, number, **carried)
 
     def learning_rate(self):
@@ -735,6 +743,7 @@ class Trainer:
                 raise
             run.say(f"{e}: ending this stage with the best weights so far")
             state.step, state.stale = 0, self.stage.patience  # finished() from now on
+            state.diverged, state.logged = True, self.seconds()
             state.sums.zero_()
         # head and frozen layers are the model's own: all three have the best weights now
         self.model.load_state_dict(state.best["weights"], strict=False)
@@ -764,9 +773,10 @@ class Trainer:
         self.head.train()
         while state.step < self.steps:
             self.train_step(order)
+            if state.step == self.steps:
+                self.timer("steps")  # before poll(), whose save() charges what follows to the validation
             run.poll(self.save)
             run.pulse(self.step_line, began, first)
-        self.timer("steps")
         self.check_finite()
 
     def step_line(self, began, first):
@@ -792,7 +802,6 @@ class Trainer:
         state.stale += 1
         if accuracy > state.reference + MIN_DELTA:  # ... but only real progress resets the patience
             state.reference, state.stale = accuracy, 0
-        seconds = float(state.spent["steps"][0] + state.spent["validation"][0])
         row = {
             "stage": self.stage.trains,
             "epoch": state.epoch + 1,
@@ -801,10 +810,11 @@ class Trainer:
             "val_loss": loss,
             "val_accuracy": accuracy,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "seconds": seconds - sum(earlier["seconds"] for earlier in state.history),
+            "seconds": self.seconds() - state.logged,
             "best": int(better),
         }
         state.history.append(row)
+        state.logged = self.seconds()
         state.epoch, state.step = state.epoch + 1, 0
         state.sums.zero_()
         self.save()
@@ -814,6 +824,11 @@ class Trainer:
         epochs_left = 0 if self.finished() else self.stage.epochs - state.epoch
         self.run.say(epoch_line(row, self.stage.epochs, epochs_left * row["seconds"]))
         self.run.poll(self.save)
+
+    def seconds(self):
+        """Of training and validation, so far."""
+        spent = self.state.spent
+        return sum(float(spent[phase][0]) for phase in ("steps", "validation") if phase in spent)
 
     def eta(self):
         """Seconds until the last epoch, at the rate measured since this start of the run."""
@@ -885,8 +900,10 @@ class Trainer:
         """What metrics.json says about a finished stage."""
         ran = {"epochs_run": self.state.epoch, "early_stopped": self.state.epoch < self.stage.epochs}
         ran |= {"samples_per_epoch": self.n, "trainable_params": sum(p.numel() for p in self.params)}
-        best = {"best_epoch": self.state.best["epoch"], "val_accuracy": self.state.best["accuracy"]}
-        return asdict(self.stage) | ran | best
+        best = self.state.best  # of all stages so far
+        ran |= {"diverged": self.state.diverged, "best_stage": self.recipes[best["number"]].trains}
+        ran |= {"best_epoch": best["epoch"], "val_accuracy": best["accuracy"]}
+        return asdict(self.stage) | ran
 
 
 def epoch_line(row, epochs, left):
@@ -917,7 +934,7 @@ def resume(run, data, make_model, stages, folder):
         try:
             trainer.load(last)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
-            if out_of_memory(e) or type(e).__name__ == "AcceleratorError":  # a GPU's
+            if not_the_files_fault(e):
                 raise
             run.say(f"{path} is damaged or not this run's ({one_line(e)}): not used")
             continue
@@ -991,7 +1008,7 @@ def about_run(run, data, weights_name):
         "device": device_name(run.device),
         "processes": run.world,
         "torch": torch.__version__,
-        "git_commit": git_commit(),
+        "git_commit": run.git_commit,
     }
 
 
@@ -1212,7 +1229,8 @@ def plan(run, data, trainer, todo):
 
 # ---------------------------------------------------------------------------------------------- comparison
 
-DIFFERENCES = {  # how two runs of a regime may differ, and a label's words for it
+SETTING = ("dataset", "weights", "image_size", "samples_per_epoch")
+DIFFERENCES = {  # how two runs may differ, and a label's words for it
     "dataset": "{}",
     "weights": "{} weights",
     "image_size": "{} px",
@@ -1242,10 +1260,13 @@ def read_metrics(path):
 
 
 def label_rows(rows):
-    """Gives every row a label: the regime and, where several rows have the same one, what differs."""
+    """Gives every row a label: the regime and what differs in the setting or between runs of this regime."""
     for row in rows:
-        same = [r for r in rows if r["regime"] == row["regime"]]
-        words = [text.format(row[k]) for k, text in DIFFERENCES.items() if len({str(r[k]) for r in same}) > 1]
+        words = []
+        for key, text in DIFFERENCES.items():
+            others = [r for r in rows if key in SETTING or r["regime"] == row["regime"]]
+            if len({str(r[key]) for r in others}) > 1:
+                words.append(text.format(row[key]))
         row["label"] = row["regime"] + (f" ({', '.join(words)})" if words else "")
     labels = [row["label"] for row in rows]
     for k, label in enumerate(labels):
@@ -1259,6 +1280,8 @@ def trade_off(rows):
     best = max(rows, key=lambda r: (r["test_accuracy"], -r["train_seconds"]))
     if any(r["dry_run"] for r in rows):
         return "DRY RUN, one batch: these numbers say nothing."
+    if len({r["dataset"] for r in rows}) > 1:
+        return "These runs had different test sets: their accuracies can't be compared."
     if len(rows) == 1:
         return f"{best['label']} reaches {best['test_accuracy']:.2%}; there is nothing to compare it with."
     if cheap is best:
@@ -1291,7 +1314,7 @@ def write_comparison(folder, rows):
     dry = f"{sentence} " if any(r["dry_run"] for r in rows) else ""
     lines = [f"{dry}Test set of {' / '.join(tests)}.", "", *(f"| {row} |" for row in table), "", sentence, ""]
     draw_comparison(folder / "comparison.png", rows, dry)
-    write_bytes(folder / "comparison.md", "\n".join(lines).encode())
+    write_bytes(folder / "comparison.md", "\n".join(lines).encode(errors="backslashreplace"))
     write_json(folder / "comparison.json", {"rows": rows, "trade_off": sentence})
     return "\n".join(lines)
 
@@ -1466,7 +1489,7 @@ def draw_comparison(path, rows, dry):
 
 
 def open_picture(path):
-    """A grey Image, upright, longer side 200 to 800 px, transparency on white.
+    """A grey Image, upright, longer side 200 to 800 px, without transparency.
 
     Raises InputError if it is not an image, is damaged, too large or too thin.
     """
@@ -1487,7 +1510,10 @@ def open_picture(path):
                 picture = Image.fromarray(deep / max(deep.max(), 1e-9) * 255).convert("L")
             side = min(max(200, *picture.size), 800)
             picture = ImageOps.contain(picture.convert("RGBA"), (side, side))
-            paper = Image.new("RGBA", picture.size, "white")
+            # what is transparent is paper: black if the ink is light
+            grey, alpha = (part / 255 for part in np.moveaxis(np.asarray(picture.convert("LA")), 2, 0))
+            light = (alpha < 0.5).mean() > 0.5 and (grey * alpha).sum() > 0.6 * alpha.sum()
+            paper = Image.new("RGBA", picture.size, "black" if light else "white")
             return Image.alpha_composite(paper, picture).convert("L")
     except Exception as e:  # Pillow's readers throw whatever a damaged file leads to
         raise InputError(f"{path} can't be read ({hint}{one_line(e, 120)})") from e
@@ -1638,6 +1664,7 @@ class Run:
     def __init__(self, args):
         # args: the command line as it was typed; settings: the same with `auto` and defaults filled in
         self.args, self.settings, self.out = args, args, None
+        self.git_commit = git_commit()  # of the code that runs: the checkout may move on
         try:
             self.world = int(os.environ.get("WORLD_SIZE", 1))
             self.rank = int(os.environ["RANK"]) if self.world > 1 else 0
@@ -1843,6 +1870,18 @@ def pace_line(what, done, total, began, first=0):
     return f"{what}: {done:,}/{total:,} images | {rate:,.0f} images/s | eta {duration((total - done) / rate)}"
 
 
+def out_of_memory(error):
+    """Whether the CPU's or a GPU's memory has run out; some of these errors are plain RuntimeErrors."""
+    words = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in words)
+
+
+def not_the_files_fault(error):
+    """Whether reading a file failed for another reason than its content: it must not be taken for damaged."""
+    gpu = type(error).__name__ == "AcceleratorError"  # which torch 2.6 does not have
+    return gpu or isinstance(error, OSError) or out_of_memory(error)
+
+
 def one_line(error, limit=160):
     return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
 
@@ -1935,16 +1974,16 @@ def read_tensors(path):
 def try_read(path, keys):
     """The file's dict, or None with a message if it is torn or damaged or lacks one of the keys.
 
-    Raises OSError or MemoryError if it can't be read, as it may be whole.
+    Raises the error if it can't be read for other reasons, as it may be whole.
     """
     try:
         content = read_tensors(path)
         if not isinstance(content, dict) or not content.keys() >= set(keys):
             raise ValueError(f"it lacks some of {', '.join(keys)}")
         return content
-    except (OSError, MemoryError):
-        raise
     except Exception as e:  # a torn file raises anything from BadZipFile to UnpicklingError
+        if not_the_files_fault(e):
+            raise
         print(f"{path} is torn or damaged ({one_line(e, 80)}): not used", flush=True)
         return None
 
@@ -1958,7 +1997,7 @@ def folder_lock(folder, wait=False):
                 raise OSError(errno.ENOTSUP, "no locks on this system")
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as e:
-            raise InputError(f"another run is writing into {folder}") from e
+            raise InputError(f"another run is writing into {folder}: name another --out") from e
         except OSError as e:
             print(f"warning: {folder} can't be locked ({e.strerror}): start no other run in it", flush=True)
         yield
@@ -1977,7 +2016,7 @@ def make_folder(name):
 
 def refuse_run_folder(out):
     """Where --compare and --evaluate write, no run may be, as its files would be replaced."""
-    if (out / "args.json").exists() or (out / "last.pt").exists():
+    if any((out / name).exists() for name in ("args.json", "last.pt", "log.csv")):
         raise InputError(f"--out {out} is a run's own folder: name a new one")
 
 
@@ -2087,7 +2126,8 @@ def parse_args(argv):
 
 FREE = {"device", "data_dir", "cache_gb", "checkpoint_minutes", "out"}  # may differ when a run is continued
 # in args.json: what `auto` and the defaults came to
-RESOLVED = {"dataset", "weights", "amp", "dataset_flag", "weights_flag", "limit", "image_size"}
+RESOLVED = {"dataset", "dataset_flag", "weights", "weights_flag", "weights_checksum"}
+RESOLVED |= {"limit", "image_size", "amp"}
 BEFORE = {"code", "commit", "resnet18.py"}  # what a batch job may put into OUT before the first start
 
 
@@ -2178,6 +2218,9 @@ def load_inputs(run, before):
     split_data(data, run.settings)
     check_batch_sizes(run.settings, len(data.labels["train"]), run.world)
     resolved |= {"dataset": data.name, "weights": weights_name, "weights_flag": spec}
+    # last.pt has no frozen layers: another file under the same name would be mixed with it
+    content = b"".join(tensor.float().numpy().tobytes() for tensor in (weights or {}).values())
+    resolved["weights_checksum"] = hashlib.sha256(content).hexdigest()[:16]
     resolved["dataset_flag"] = "digits" if data.name == "digits" else "emnist"
     changed = [f"{k} was {known[k]}, now {v}" for k, v in resolved.items() if before and known[k] != v]
     if changed:
@@ -2210,7 +2253,7 @@ def load_in_turn(run, before):
         data, weights, _ = load_inputs(run, resolved)
     if run.main and not before:
         draw_samples(run.out / "samples.png", data)
-        content = {"arguments": vars(run.args), **resolved, "git_commit": git_commit()}
+        content = {"arguments": vars(run.args), **resolved, "git_commit": run.git_commit}
         content["torch"] = torch.__version__
         write_json(run.out / "args.json", content | {"checksum": checksum(content)})
     return data, weights, resolved["weights"]
@@ -2223,7 +2266,7 @@ def finished_rows(out, regimes, before):
         if before and path.exists():
             try:
                 rows[k] = read_metrics(path)
-            except (OSError, ValueError) as e:
+            except ValueError as e:
                 print(f"{path} is damaged ({one_line(e)}): the test is done again", flush=True)
     if not all(rows) or not (out / "comparison.json").exists():
         return rows, None
@@ -2243,6 +2286,8 @@ def train_all(run, data, weights, weights_name, rows):
         run.say("each process's BatchNorm sees only its share of a step; its statistics are averaged")
     data.to(run.device)
     todo = [name for name, row in zip(names, rows) if row is None]
+    if run.main and todo:
+        (run.out / "comparison.json").unlink(missing_ok=True)  # of regimes that are trained again
     for name in todo:
         rows[names.index(name)] = run_regime(run, name, data, weights, weights_name, todo)
     run.poll()
@@ -2279,12 +2324,6 @@ def run_training(args):
             return 75
 
 
-def out_of_memory(error):
-    """Whether the CPU's or a GPU's memory has run out; some of these errors are plain RuntimeErrors."""
-    kinds, words = (MemoryError, torch.OutOfMemoryError), ("out of memory", "allocate memory")
-    return isinstance(error, kinds) or any(text in str(error) for text in words)
-
-
 def failure(error):
     """One line on stderr for what a user can fix; anything else keeps its traceback."""
     text = one_line(error, 400)
@@ -2294,9 +2333,11 @@ def failure(error):
         text = f"{error}: try a smaller --lr, with a new --out"
     elif isinstance(error, RunFailed):
         text = str(error)
+    elif isinstance(error, OSError):
+        pass
     elif "gloo" in text.lower() or "nccl" in text.lower() or isinstance(error, dist.DistError):
         text = f"another process of this run ended, or the connection to it was lost ({text})"
-    elif not isinstance(error, OSError):
+    else:
         raise error
     print(f"error: {text}", file=sys.stderr, flush=True)
     return 1

@@ -539,7 +539,7 @@ class BadLayerInput(Case):
     def test_messages(self):
         x, image, loss, cpu = torch.randn(2, 3), torch.randn(2, 3, 8, 8), c.CrossEntropy(), {"device": "cpu"}
         dense, twin, convolution = c.Linear(3, 2, **cpu), c.Linear(3, 2, **cpu), c.Conv2D(3, 2, 3, **cpu)
-        twin.w, square = dense.w, c.Conv2D(3, 2, 3, **cpu)
+        twin.w, square, weights = dense.w, c.Conv2D(3, 2, 3, **cpu), [dense.w]
         square.W = torch.randn(2, 3, 2, 2)
         wide, narrow = c.Linear(3, 1, **cpu), c.Conv2D(3, 1, 3, **cpu)
         wide.w, narrow.W = torch.randn(3, 4), torch.randn(4, 3, 3, 3)
@@ -575,6 +575,7 @@ class BadLayerInput(Case):
             (lambda: loss(x, torch.tensor([0.0, 1.0])), "float32", "integer"),
             (lambda: loss(x, torch.tensor([True, False])), "bool", "integer"),
             (lambda: loss(x, torch.tensor([0, 1, 2])), "[3]", "[2, 3]"),
+            (lambda: loss(x.long(), torch.tensor([0, 1])), "logits are torch.int64", "floats"),
             (lambda: loss(x, torch.tensor([[0], [1]])), "[2, 1]", "[2, 3]"),
             (lambda: loss(x, F.one_hot(torch.tensor([0, 1]), 3)), "[2, 3]", "not one-hot"),
             (lambda: loss(torch.tensor([0, 1]), x), "logits [2]", "targets [2, 3]"),
@@ -584,11 +585,13 @@ class BadLayerInput(Case):
             (lambda: c.Sequential([dense, c.ReLU()]), "[<", "a builtins.list, expected layers"),
             (lambda: c.Sequential(dense, c.ReLU), "ReLU", "a builtins.type, expected layers"),
             (lambda: c.Sequential(torch.nn.ReLU()), "ReLU() is a torch.nn.", "expected layers"),
-            (lambda: c.SGD([], -0.1), "lr is -0.1", "at least 0"),
-            (lambda: c.SGD([], math.nan), "lr is nan", "at least 0"),
-            (lambda: c.SGD([], 0.1, momentum=-1), "momentum is -1", "at least 0"),
-            (lambda: c.SGD([], 0.1, weight_decay=-1), "weight_decay is -1", "at least 0"),
-            (lambda: c.SGD([], 0.1, nesterov=True), "nesterov", "momentum"),
+            (lambda: c.SGD(weights, -0.1), "lr is -0.1", "at least 0"),
+            (lambda: c.SGD(weights, math.nan), "lr is nan", "at least 0"),
+            (lambda: c.SGD(weights, 0.1, momentum=-1), "momentum is -1", "at least 0"),
+            (lambda: c.SGD(weights, 0.1, weight_decay=-1), "weight_decay is -1", "at least 0"),
+            (lambda: c.SGD(weights, 0.1, nesterov=True), "nesterov", "momentum"),
+            (lambda: c.SGD([], 0.1), "no parameters"),
+            (lambda: c.SGD(weights + weights, 0.1), "occurs twice"),
             *((lambda p=p: c.SGD(p, 0.1), "list of tensors") for p in (dense.w, dense, [dense], c.Module)),
             (lambda: loss(x, [0, 1]), "list", "a tensor"),
             (lambda: wide(x), "Linear: b is", "[1]", "[4]"),
@@ -733,6 +736,9 @@ class Training(Case):
                     kept.append((p.g, q.grad))
                 a.step()
                 b.step()
+            off = max(off, *map(error, ours, theirs))
+            a.zero_grad()
+            a.step()  # no gradient left: nothing moves
             off = max(off, *map(error, ours, theirs))
         self.assertTrue(all(torch.equal(*both) for both in kept))  # gradients stay as they are
         self.within(1e-14, off, "6 settings, 10 steps each")
@@ -1065,10 +1071,22 @@ class BadInput(Case):
         cases += [(urllib.error.URLError(OSError(errno.EACCES, "a firewall's")), False)]
         cases += [(ssl.SSLError(1, "a certificate's"), False), (socket.gaierror(-3, "no name"), False)]
         for problem, of_folder in [*cases, (RuntimeError("file corrupted"), False)]:
-            with mock.patch.object(torchvision.datasets, "MNIST", side_effect=problem, mirrors=["a mirror"]):
+            with mock.patch.object(torchvision.datasets.MNIST, "__init__", side_effect=problem):
                 for dataset in ("auto", "mnist") if of_folder else ("mnist",):
                     says = [folder, "can't be written" if of_folder else "can't be downloaded"]
                     self.refused("--dataset", dataset, "--data-dir", folder, says=says)
+        tried, mnist = [], torchvision.datasets.MNIST
+
+        def breaks_off(self, *args, **kwargs):
+            tried.extend(self.mirrors)
+            raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+        with (
+            mock.patch.object(mnist, "mirrors", ["one", "other"]),
+            mock.patch.object(mnist, "__init__", breaks_off),
+        ):
+            self.refused("--dataset", "mnist", "--data-dir", folder, says=["from one or other (Conn"])
+        self.assertEqual(tried, ["one", "other"])
         file.write_text("")
         with offline():
             line = self.refused("--dataset", "mnist", "--data-dir", file / "data", says=[file])
@@ -1880,6 +1898,28 @@ class ResnetTraining(ResnetCase):
         self.assertTrue(r.read_tensors(t.folder / "last.pt")["done"])
         self.say("stopped, the stage saved as done")
 
+    def test_accounting(self):
+        """Every step's time is training time, also before a checkpoint that comes with an epoch's last step;
+        a stage that diverged is marked, and leaves its time to no other epoch."""
+        t = self.trainer("gradual", "--epochs", 2, "--checkpoint-minutes", 0, "--batch-size", 500)
+        step = t.train_step
+        t.train_step = lambda order: (time.sleep(0.2), step(order))
+        quiet(t.train)
+        steps, validation = (float(t.state.spent[phase][0]) for phase in ("steps", "validation"))
+        self.assertEqual((t.steps, t.summary()["diverged"]), (1, False))
+        self.assertGreater(steps, 0.4)
+        self.assertLess(validation, 0.3)
+        t.begin(1)
+        t.train_epoch = mock.Mock(side_effect=r.Diverged("made up"))
+        t.state.spent["steps"] += 100
+        quiet(t.train)
+        self.assertTrue(t.summary()["diverged"] and t.summary()["best_stage"] == "fc")
+        t.begin(2)
+        del t.train_epoch
+        quiet(t.train)
+        self.assertLess(max(row["seconds"] for row in t.state.history), 50)
+        self.say(f"{steps:.2f} s of steps, {validation:.2f} s of validation")
+
     def test_cache_budget(self):
         """--cache-gb decides; a rebuilt cache is the same to the bit; several processes keep none."""
         kept = []
@@ -1985,10 +2025,14 @@ class ResnetMetrics(ResnetCase):
         labels = ["full (seed 0) (run 1)", "full (seed 0) (run 2)", "full (seed 1)"]
         self.assertEqual([t["label"] for t in rows], labels)
         self.assertIn("both the cheapest and the most accurate", r.trade_off(twins))
+        self.assertIn("different test sets", r.trade_off([twins[0], twins[1] | {"dataset": "digits"}]))
+        rows = [dict(row), row | {"regime": "gradual", "dataset": "digits"}]
+        r.label_rows(rows)
+        self.assertEqual([t["label"] for t in rows], ["full (EMNIST)", "gradual (digits)"])
         slower = row | {"label": "slower", "train_seconds": 10.0}  # as accurate, but not as cheap
         self.assertIn("both the cheapest and the most accurate", r.trade_off([slower, twins[0]]))
         self.assertNotIn("cheapest", r.trade_off(twins[:1]))
-        self.say(rows[1]["label"])
+        self.say(labels[1])
 
 
 class ResnetPlan(ResnetCase):
@@ -2095,6 +2139,10 @@ class ResnetRuns(ResnetCase):
         self.assertEqual(names, ["args.json", "linear_probe", "samples.png"])
         self.runs(*argv)
         self.assertTrue((out / "comparison.json").exists())
+        shutil.rmtree(out / "linear_probe")  # to train it again
+        with mock.patch.object(r, "run_regime", side_effect=r.RunFailed("ended here")):
+            self.refused("ended here", *argv, status=1)
+        self.assertFalse((out / "comparison.json").exists())
         self.say(", ".join(names))
 
     def test_evaluate(self):
@@ -2123,6 +2171,15 @@ class ResnetRuns(ResnetCase):
         text = self.refused(text, *self.argv, self.out, *more)
         with r.folder_lock(self.out):
             self.refused("another run is writing into", *self.argv, self.out)
+        weights, argv = self.tmp / "weights.pt", small_flags(self.data, "--dry-run", "--regimes", "full")
+        for seed in range(2):
+            torch.manual_seed(seed)
+            torch.save(slim_resnet().state_dict(), weights)
+            with mock.patch.object(r, "run_regime", side_effect=r.Stopped):
+                status, _, err = call_resnet(*argv, "--weights", weights, "--out", self.tmp / "other weights")
+            self.assertEqual(
+                (status, "weights_checksum was" in err), (75, False) if seed == 0 else (2, True), err
+            )
         self.say(text[-60:])
 
     def test_compare(self):
@@ -2135,7 +2192,9 @@ class ResnetRuns(ResnetCase):
         for content in (self.row | {"test_accuracy": 0.99}, {"dataset": "mnist"}):
             path.write_text(json.dumps(content))
             self.refused("not as the run wrote it", "--compare", path.parent, "--out", target)
-        self.refused("is a run's own folder", "--compare", self.out, "--out", self.out)
+        for folder in (self.out, self.out / "gradual"):
+            (folder / "last.pt").unlink(missing_ok=True)
+            self.refused("is a run's own folder", "--compare", self.out, "--out", folder)
         text = self.runs("--compare", self.out, self.data, "--out", target)  # one that has finished
         self.assertIn(f"{self.data}: no finished regime", text)
         self.say(self.refused("no regime has finished there", "--compare", self.data, "--out", target)[-60:])
@@ -2546,12 +2605,13 @@ class ResnetDamage(ResnetCase):
         cases = (os, "fsync", OSError(errno.ENOSPC, "No space left on device"), r.RunFailed)
         cases = cases, (r, "read_tensors", MemoryError(), MemoryError)
         cases += ((r.Trainer, "load", RuntimeError("MPS backend out of memory"), RuntimeError),)
+        cases += ((torch, "load", RuntimeError("can't allocate memory: you tried"), RuntimeError),)
         for owner, name, fault, error in cases:
             with mock.patch.object(owner, name, side_effect=fault):
                 self.assertRaises(error, quiet, r.resume, *args)
             self.assertEqual((t.folder / "last.pt").read_bytes(), kept)
         self.assertTrue(r.resume(*args)[1])
-        self.say("three faults, then resumed")
+        self.say(f"{len(cases)} faults, then resumed")
 
     def test_features(self):
         """Of the files of features, a torn one is computed again, to the same bits."""
