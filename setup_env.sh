@@ -21,7 +21,7 @@ if [ -n "${ZSH_VERSION:-}" ] || [ "${BASH_SOURCE[0]}" != "$0" ]; then
 fi
 
 set -u
-unset PYTHONPATH PYTHONHOME # a cluster's modules may set them
+unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_USER # a cluster's modules may set them
 script=$(readlink -f "${BASH_SOURCE[0]}") # the file itself, not a link to it
 requirements=${script%/*}/requirements.txt
 VENV=${VENV:-${script%/*}/.venv}
@@ -45,7 +45,10 @@ current() {
 }
 
 find_python() { # sets python and version
-  local candidates=(python3 python3.14 python3.13 python3.12 python3.11 python3.10) trouble=
+  local candidates=(python3 python3.14 python3.13 python3.12 python3.11 python3.10) trouble='' made_with
+  # first the one that this environment has been made with
+  made_with=$("$VENV/bin/python" -c 'import sys; print(sys._base_executable)' 2>/dev/null) &&
+    candidates=("$made_with" "${candidates[@]}")
   [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
   PATH=${PATH//"$VENV/bin:"/} # while this environment is active, its own python must not rebuild it
   for python in "${candidates[@]}"; do
@@ -68,12 +71,15 @@ find_python() { # sets python and version
 #   have cu126 up to torch 2.14 (5.0 to 9.0), cu128 up to 2.11 (Blackwell too), cu118 up to 2.7
 #   (github.com/pytorch/pytorch: RELEASE.md, issues 190355 and 190385)
 choose_index() { # sets index
-  local gpu driver capability=8.0 wheels why="no NVIDIA driver found; they run on the CPU too"
+  local gpu driver capability=8.0 wheels before why="no NVIDIA driver found; they run on the CPU too"
+  before=$(head -n 1 "$VENV/.stamp" 2>/dev/null)
   # prints "550.54.15, 8.9"; an old nvidia-smi does not know compute_cap, and its plain output has to do
   gpu=$({ nvidia-smi --query-gpu=driver_version,compute_cap --format=csv || nvidia-smi; } 2>/dev/null)
   index=PyPI
   if [ -n "${TORCH_INDEX_URL:-}" ]; then
     index=$TORCH_INDEX_URL why="TORCH_INDEX_URL"
+  elif [ -n "$before" ]; then
+    index=$before why="as before"
   elif [[ $gpu =~ ([0-9]{3})\.[0-9] ]]; then
     driver=${BASH_REMATCH[1]}
     [[ $gpu =~ ,\ ([0-9]+\.[0-9]) ]] && capability=${BASH_REMATCH[1]}
@@ -92,7 +98,12 @@ choose_index() { # sets index
 lock() {
   exec 9>>"$VENV/.lock"
   if command -v flock >/dev/null; then
-    flock -n 9 || { say "waiting for another set-up of $VENV" && flock 9; }
+    flock -n 9 && return
+    if [ $? = 1 ]; then
+      say "waiting for another set-up of $VENV" && flock 9
+    else
+      say "warning: $VENV can't be locked: start no other set-up of it"
+    fi
   else # macOS: a link that names its owner, taken over when the owner is dead
     until ln -s $$ "$VENV/.lock.pid" 2>/dev/null; do
       kill -0 "$(readlink "$VENV/.lock.pid")" 2>/dev/null || rm -f "$VENV/.lock.pid"
@@ -108,7 +119,8 @@ try() { # progress to the terminal; errors, pages of them from pip, into one lin
   [ -z "$old" ] || echo "$old" >"$VENV/.stamp" # pip left what was there, and it still works
   case $errors in
     *"No space left"* | *quota* | *"Input/output error"*) # the last is an overlay's, on a full disk
-      fail "no space left for $VENV (needs 6 GB): free some or set VENV=DIR (in a container OVERLAY=FILE)" ;;
+      fail "no space left for $VENV (needs 6 GB) or in ${TMPDIR:-/tmp}: free some, or set VENV=DIR (in a container" \
+        "OVERLAY=FILE) or TMPDIR=DIR" ;;
     *"connection broken"*) fail "no network, or the package index can't be reached: try again when it can" ;;
   esac
   fail "$(grep -i error <<<"$errors" | tail -n 1) (with $version; PYTHON or TORCH_INDEX_URL may help)"
@@ -118,8 +130,9 @@ update() {
   find_python
   mkdir -p "$VENV" 2>/dev/null
   [ -w "$VENV" ] || fail "can't write to $VENV: set VENV=DIR"
+  VENV=$(cd "$VENV" && pwd -P) # it may be a link to another disk, which venv refuses
   # a folder that is someone else's is never emptied
-  [ -e "$VENV/.lock" ] || [ "$VENV" = "${script%/*}/.venv" ] || [ -z "$(ls -A "$VENV")" ] ||
+  [ -e "$VENV/.lock" ] || [ -e "$VENV/pyvenv.cfg" ] || [ -z "$(ls -A "$VENV")" ] ||
     fail "$VENV was not made by this script: remove it or set VENV to another folder"
   lock
   (current) && return # another call has just done it
@@ -137,7 +150,7 @@ update() {
   say "installing into $VENV with $version (a few minutes the first time)"
   # torch first and from that index alone: among several, pip takes the newest version, whatever its CUDA
   [ "$index" = PyPI ] ||
-    PIP_EXTRA_INDEX_URL='' try "${pip[@]}" install --index-url "$index" -r <(grep ^torch "$requirements")
+    PIP_EXTRA_INDEX_URL=$index try "${pip[@]}" install --index-url "$index" -r <(grep ^torch "$requirements")
   try "${pip[@]}" install -r "$requirements"
   echo "$new" >"$VENV/.stamp.new" && mv "$VENV/.stamp.new" "$VENV/.stamp"
 }
@@ -173,6 +186,7 @@ container() {
     fail "no singularity on this machine: run this in an interactive job (README, On the cluster)"
   IMAGE=$(realpath -ms "${IMAGE:-$scratch/cuda12.6.2-cudnn9.5.0-devel-ubuntu24.04.1.sif}")
   OVERLAY=$(realpath -ms "${OVERLAY:-$scratch/overlay-25GB-500K.ext3}")
+  [[ $script$OVERLAY != *[,:]* ]] || fail "Singularity can't bind a folder with , or : in its name: rename it"
   fetch "$IMAGE"
   fetch "$OVERLAY"
   inside=("$engine" -q exec --fakeroot --overlay "$OVERLAY:rw" --bind "${script%/*},${OVERLAY%/*}" "$IMAGE")
@@ -187,18 +201,23 @@ container() {
     export PYTHON=/ext3/miniforge3/bin/python3
     "${inside[@]}" test -e /ext3/miniforge3/.complete || miniforge
   fi
-  # CUDA 12, as a login node does not know the drivers of the GPU nodes; no cache in a small home folder
+  # CUDA 12, as a login node does not know the drivers of the GPU nodes; no cache in a small home folder. If the
+  # set-up fails, an environment that it has left as it was stays in use.
+  # shellcheck disable=SC2016 # for the container's shell
   "${inside[@]}" env VENV=/ext3/env PIP_NO_CACHE_DIR=1 PYTHON="${PYTHON:-python3}" \
     TORCH_INDEX_URL="${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cu126}" \
-    bash -c "rm -f /ext3/env.sh && bash '$script' && echo . /ext3/env/bin/activate >/ext3/env.sh"
+    bash -c 'rm -f /ext3/env.sh; bash "$1"; status=$?
+      [ ! -e /ext3/env/.stamp ] || echo . /ext3/env/bin/activate >/ext3/env.sh
+      exit "$status"' bash "$script"
 }
 
 miniforge() {
   local url=https://github.com/conda-forge/miniforge/releases/latest/download/Miniforge3-Linux-x86_64.sh
   curl -fsSL -o "$OVERLAY.miniforge" "${MINIFORGE_URL:-$url}" ||
     fail "Miniforge can't be downloaded: try again, or PYTHON=... for another python3 in the image"
-  "${inside[@]}" bash -c "rm -rf /ext3/miniforge3 &&
-    bash '$OVERLAY.miniforge' -b -p /ext3/miniforge3 >/dev/null && touch /ext3/miniforge3/.complete" ||
+  # shellcheck disable=SC2016 # for the container's shell
+  "${inside[@]}" bash -c 'rm -rf /ext3/miniforge3 &&
+    bash "$1" -b -p /ext3/miniforge3 >/dev/null && touch /ext3/miniforge3/.complete' bash "$OVERLAY.miniforge" ||
     fail "Miniforge can't be installed into $OVERLAY"
   rm -f "$OVERLAY.miniforge"
 }
