@@ -520,6 +520,14 @@ point_8() { # what can be missing
   job=$(submit --array=7 run_resnet.sbatch)
   finish "$job"
   check "an array task without a regime: exit status 2" [ "$(exit_status "$job")" = 2 ]
+  # after a restart, it may only be out of reach for a while
+  ln -s full.ext3 "$W/link.ext3"
+  job=$(OVERLAY=$W/link.ext3 submit run_resnet.sbatch "${tiny[@]}" --dry-run)
+  finish "$job" && rm "$W/link.ext3" && as scontrol requeue "$job" && restart "$job"
+  check "no overlay at a restart: requeued" wait_for 90 "the requeue" logged "$job" '^unfinished: requeued, restart 2'
+  ln -s full.ext3 "$W/link.ext3"
+  restart "$job" && finish "$job"
+  check "... and completed once it is back" is "$job" COMPLETED
 }
 
 point_9() { # the pull
@@ -639,6 +647,7 @@ PY
   answers
   as sed -i 's/tiny-1/tiny-2/' requirements.txt
   sets_up "a package that is not there: one error, nothing on the host" 1 "ERROR"
+  answers # what was there before is still used
   check "... and that is all" [ "$(as ./setup_env.sh --container 2>&1 | grep -cE 'no .* found|ready')" = 0 ] &&
     check "... and the host has no environment" [ ! -e "$P/.venv" ]
   IMAGE=$W/home/none.sif sets_up "no image anywhere" 1 "no none.sif in $public: copy one"
