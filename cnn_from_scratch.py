@@ -75,8 +75,9 @@ class Module:
     A gradient lives on its tensor, as its attribute `g`: set out.g, call backward(), read x.g, W.g and b.g.
     Gradients are assigned, not accumulated. Whatever else bwd needs travels on the output, such as out.cols.
     A layer of your own must return its parameters from parameters(), or SGD does not see them, and must not
-    use the names `args`, `out` and `input_grad`. There is no training mode: switch a Dropout or BatchNorm of
-    your own yourself, before and after evaluate(). best.pt holds parameters only, no running statistics.
+    use the names `args`, `out` and `input_grad`. There is no training mode: set a Dropout or BatchNorm of
+    your own to training or evaluation yourself, before and after evaluate(). best.pt holds parameters only,
+    no running statistics.
     Raises RuntimeError for backward() before a forward pass, ValueError for input that does not fit.
     """
 
@@ -431,7 +432,7 @@ class Sequential(Module):
     the order that ran: call the model's backward(), not one layer's after the other.
 
     A layer without parameters may occur several times (a Sequential only once); Sequentials may be nested.
-    Making one calls keep_freed_memory(), which affects the whole process.
+    Constructing one calls keep_freed_memory(), which affects the whole process.
 
     Raises ValueError for parameters that occur twice, RuntimeError for backward() of anything but the
     output of the last call.
@@ -1262,7 +1263,8 @@ def parse(argv):
     add("--batch-size", type=int, default=64, help="images per step" + default)
     add("--lr", type=float, default=0.1, help="learning rate (onecycle: the peak)" + default)
     add("--momentum", type=float, default=0.9, help="SGD's momentum" + default)
-    text = "onecycle: with weight decay, Nesterov, shifts by up to 1 px; constant: none" + default
+    text = "onecycle: with weight decay, Nesterov, shifts by up to 1 px; constant: a fixed rate without"
+    text += default
     add("--schedule", choices=("onecycle", "constant"), default="onecycle", help=text)
     add(
         "--seed", type=int, default=0, help="seed of the split, the initial weights and the batches" + default
@@ -1270,7 +1272,11 @@ def parse(argv):
     add = parser.add_argument_group("run").add_argument
     text = "auto: cuda, else cpu; mps (no float64) only if named" + default
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
-    add("--out", metavar="DIR", help="results folder (default: results/cnn-<timestamp>)")
+    add(
+        "--out",
+        metavar="DIR",
+        help="results folder (default: results/cnn-<timestamp>)",
+    )
     add("--deterministic", action="store_true", help="bit-exact repeats, on CUDA too")
     add("--dry-run", action="store_true", help="run everything on one batch")
     add = parser.add_argument_group("prediction").add_argument

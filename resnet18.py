@@ -2056,9 +2056,9 @@ def build_parser():
         metavar="DIR",
         help="folder that holds EMNIST/raw (default: %(default)s)",
     )
-    text = "training + validation images, 0: all (default: 0; EMNIST on a CPU: 12000)"
+    text = "training + validation images, at least 10; 0: all (default: 0; EMNIST on a CPU: 12000)"
     add("--limit", type=number(int, 0), metavar="N", help=text)
-    text = "side in pixels after resizing (default: 224; EMNIST on a CPU: 64)"
+    text = "side in pixels after resizing, at least 32 (default: 224; EMNIST on a CPU: 64)"
     add("--image-size", type=number(int, 32, below=4096), metavar="S", help=text)
     add("--augment", action="store_true", help="random rotation, scale and shift; training set not cached")
     add = p.add_argument_group("training").add_argument
@@ -2071,12 +2071,16 @@ def build_parser():
         ("--batch-size", count, "images per step, over all processes"),
         ("--lr", number(float, 0, above=0, below=1e38), "peak learning rate"),  # float32 ends there
         ("--warmup-epochs", real, "epochs of linear warm-up"),
-        ("--patience", count, "epochs without progress before stopping early"),
+        (
+            "--patience",
+            count,
+            f"epochs without {100 * MIN_DELTA:g} points more on validation before stopping early",
+        ),
     ):
         probe, other = (getattr(stage, flag[2:].replace("-", "_")) for stage in (PROBE, PARTIAL))
         text += f" (default: {probe:g} if only fc trains, else {other:g})"
         add(flag, type=kind, metavar="N" if kind is count else "X", help=text)
-    text = "mixed precision; auto: bf16 or fp16 if the hardware has it (default: %(default)s)"
+    text = "mixed precision; auto: bf16 or fp16 if the hardware has it, else off (default: %(default)s)"
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help=text)
     text = "seeds all randomness (default: %(default)s)"
     add("--seed", type=number(int, 0, below=2**64), default=0, help=text)
@@ -2089,11 +2093,11 @@ def add_run_flags(p):
     text = "auto: the first available of cuda, mps, cpu (default: %(default)s)"
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
     add("--deterministic", action="store_true", help="bit-exact repeats, on CUDA too; slower")
-    text = "memory in GB for layer3's output (default: 70%% of free memory)"
+    text = "memory in GB, the GPU's or else the CPU's, for layer3's output (default: 70%% of what is free)"
     add("--cache-gb", type=number(float, 0), metavar="GB", help=text)
     text = "maximum time between checkpoints (default: %(default)s)"
     add("--checkpoint-minutes", type=number(float, 0), default=2.0, metavar="MINUTES", help=text)
-    text = "results folder; an existing run is resumed (default: results/resnet18-<timestamp>)"
+    text = "results folder; a run in it is resumed (default: results/resnet18-<timestamp>)"
     add("--out", metavar="DIR", help=text)
     add("--dry-run", action="store_true", help="run one batch through every phase")
     add = p.add_argument_group("instead of training").add_argument
