@@ -944,7 +944,8 @@ def open_picture(path):
             picture = ImageOps.contain(picture.convert("RGBA"), (side, side))
             # what is transparent is paper: black if the ink is light
             grey, alpha = (part / 255 for part in np.moveaxis(np.asarray(picture.convert("LA")), 2, 0))
-            light = (alpha < 0.5).mean() > 0.5 and (grey * alpha).sum() > 0.6 * alpha.sum()
+            ink = alpha > 0.5
+            light = ink.mean() < 0.5 and (grey[ink] < 0.4).sum() < 0.1 * ink.sum()  # dark: a sticker's letter
             paper = Image.new("RGBA", picture.size, "black" if light else "white")
             return Image.alpha_composite(paper, picture).convert("L")
     except Exception as e:  # Pillow's readers throw whatever a damaged file leads to

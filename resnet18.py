@@ -160,6 +160,10 @@ class Data:
     labels: dict
     total: int = 0  # training and validation images before --limit
 
+    def checksum(self):
+        """Of all images and labels: as many others may have the same name."""
+        return tensors_checksum([*self.images.values(), *self.labels.values()])
+
     def to(self, device):
         for tensors in (self.images, self.labels):
             tensors.update({name: tensor.to(device) for name, tensor in tensors.items()})
@@ -178,7 +182,8 @@ def emnist_files(root):
 
 def download_emnist(root):
     """Downloads torchvision's archive, checks it, unpacks it aside and moves complete files into place."""
-    beside, raw = Path(root) / ".download", Path(root) / "EMNIST" / "raw"
+    raw = Path(root) / "EMNIST" / "raw"
+    beside = raw / ".download"  # on the same disk, even if raw is a link to another one
     offline = f"put the four files emnist-byclass-*-ubyte into {raw}, or see --data-dir"
     with download("EMNIST (536 MB)", torchvision.datasets.EMNIST.url, Path(root), "--data-dir", offline):
         if all(path.exists() for path in emnist_files(root)):
@@ -186,7 +191,6 @@ def download_emnist(root):
         for path in emnist_files(beside):
             path.unlink(missing_ok=True)  # may be half unpacked
         torchvision.datasets.EMNIST(beside, split="byclass", download=True)
-        raw.mkdir(parents=True, exist_ok=True)
         for source, target in zip(emnist_files(beside), emnist_files(root)):
             os.replace(source, target)
         shutil.rmtree(beside, ignore_errors=True)
@@ -749,7 +753,7 @@ class Trainer:
         self.model.load_state_dict(state.best["weights"], strict=False)
         state.done = True
         self.save()
-        if state.epoch < self.stage.epochs:
+        if state.epoch < self.stage.epochs and not state.diverged:
             back = f"epoch {state.best['epoch']}"
             if len(self.recipes) > 1:
                 back += f" of stage {self.recipes[state.best['number']].trains}"
@@ -790,6 +794,7 @@ class Trainer:
         """Validation, early stopping, log line, checkpoint."""
         state, labels = self.state, self.data.labels["val"].cpu()
         logits = logits_of(self.run, self.data, self.inputs, self.head, "val", self.save)
+        self.timer("validation")
         loss, accuracy = float(F.cross_entropy(logits, labels)), accuracy_of(logits, labels)
         if not math.isfinite(loss):
             raise Diverged(f"the validation loss is {loss} after epoch {state.epoch + 1}")
@@ -843,6 +848,8 @@ class Trainer:
         """Raises Diverged; per epoch and save only, as it waits for a GPU."""
         if not torch.isfinite(self.state.sums[0]):
             raise Diverged(f"the loss is {float(self.state.sums[0])} in epoch {self.state.epoch + 1}")
+        if not torch.stack([torch.isfinite(p).all() for p in self.params]).all():
+            raise Diverged(f"a weight is no longer finite in epoch {self.state.epoch + 1}")
 
     def trained_weights(self):
         """A copy of what trains, statistics included; the frozen rest never changes and is not in last.pt."""
@@ -870,6 +877,7 @@ class Trainer:
         if better:
             best = {k: state.best[k] for k in ("accuracy", "epoch")} | {"dataset": self.data.name}
             best |= {"classes": self.data.classes, "image_size": settings.image_size, "amp": settings.amp}
+            best["data_checksum"] = self.run.data_checksum
             model = {k: v.cpu() for k, v in self.model.state_dict().items()}
             save_tensors(self.folder / "best.pt", best | {"model": model | state.best["weights"]})
         self.timer("checkpoint")
@@ -898,7 +906,8 @@ class Trainer:
 
     def summary(self):
         """What metrics.json says about a finished stage."""
-        ran = {"epochs_run": self.state.epoch, "early_stopped": self.state.epoch < self.stage.epochs}
+        early = self.state.epoch < self.stage.epochs and not self.state.diverged
+        ran = {"epochs_run": self.state.epoch, "early_stopped": early}
         ran |= {"samples_per_epoch": self.n, "trainable_params": sum(p.numel() for p in self.params)}
         best = self.state.best  # of all stages so far
         ran |= {"diverged": self.state.diverged, "best_stage": self.recipes[best["number"]].trains}
@@ -1118,7 +1127,9 @@ def evaluate(args):
     dataset = "digits" if len(classes) == 10 else "emnist"
     if args.dataset not in ("auto", dataset):
         raise InputError(f"--evaluate: {name} comes from a run on {dataset}, not {args.dataset}")
-    amp, trained = args.amp, best.get("amp", "auto")
+    if missing := {"dataset", "data_checksum", "amp"} - best.keys():
+        raise InputError(f"--evaluate: {name} is an older version's: it lacks {', '.join(sorted(missing))}")
+    amp, trained = args.amp, best["amp"]
     if amp == "auto" and not (trained == "fp16" and run.device.type != "cuda"):
         amp = trained
     amp = choose_amp(amp, run.device)
@@ -1127,8 +1138,9 @@ def evaluate(args):
     out = Path(args.out or f"results/resnet18-evaluate-{datetime.now():%Y%m%d-%H%M%S}")
     refuse_run_folder(out)
     data = load_digits() if dataset == "digits" else load_emnist(args.data_dir)
-    if best.get("dataset", data.name) != data.name:  # its test images may be among those of the training
-        raise InputError(f"--evaluate: {name} comes from a run on {best['dataset']}, not {data.name}")
+    if data.checksum() != best["data_checksum"]:  # its test images may be among those of the training
+        files = data.name if data.name != best["dataset"] else f"these files in {args.data_dir}"
+        raise InputError(f"--evaluate: {name} comes from a run on {best['dataset']}, not {files}")
     make_folder(out)
     split_data(data, run.settings)
     data.to(run.device)
@@ -1267,7 +1279,8 @@ def label_rows(rows):
             others = [r for r in rows if key in SETTING or r["regime"] == row["regime"]]
             if len({str(r[key]) for r in others}) > 1:
                 words.append(text.format(row[key]))
-        row["label"] = row["regime"] + (f" ({', '.join(words)})" if words else "")
+        text = row["regime"] + (f" ({', '.join(words)})" if words else "")
+        row["label"] = text.replace("|", "/")  # of a file's name; in a table, it would end the cell
     labels = [row["label"] for row in rows]
     for k, label in enumerate(labels):
         if labels.count(label) > 1:
@@ -1331,10 +1344,10 @@ def compare(args):
                 row = read_metrics(path)
             except (OSError, ValueError) as e:
                 raise InputError(f"--compare: {path} can't be used ({one_line(e)})") from e
-            if row["dry_run"]:
-                raise InputError(f"--compare: {path} comes from a dry run and means nothing")
             if "checkpoint" in row:
                 print(f"{path}: the result of --evaluate, not of a run; skipped", flush=True)
+            elif row["dry_run"]:
+                raise InputError(f"--compare: {path} comes from a dry run and means nothing")
             else:
                 rows.append(row)
     if not rows:
@@ -1357,7 +1370,7 @@ CLASS_FONT = {"family": "monospace", "fontsize": 11}  # in which I, l and 1 diff
 def new_figure(width, height, rows=1, columns=1, title="", **kwargs):
     figure = Figure(figsize=(width, height), layout="constrained")
     if title:
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)  # $ is a dollar
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
@@ -1430,7 +1443,8 @@ def draw_confusion(path, confusion, classes, title):
     else:
         ax.tick_params(top=True, labeltop=True, right=True, labelright=True, length=2)
     ax.set(xlabel="predicted", ylabel="true")
-    ax.set_title(f"{title}: share of each true class" + (" (numbers: images)" if few else ""), fontsize=10)
+    heading = f"{title}: share of each true class" + (" (numbers: images)" if few else "")
+    ax.set_title(heading, fontsize=10, parse_math=False)
     ticks = [0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1]
     figure.colorbar(picture, ax=ax, shrink=0.7, ticks=ticks, format=PercentFormatter(1, 0))
     save_figure(figure, path)
@@ -1463,7 +1477,7 @@ def draw_comparison(path, rows, dry):
     for ax, (cost, label) in zip(axes[0], costs.items()):
         for r, colour in zip(rows, colours):
             for key, marker in (("test_accuracy", "o"), ("test_f1_macro", "^")):
-                name = r["label"] if key == "test_accuracy" else None
+                name = r["label"].replace("$", r"\$") if key == "test_accuracy" else None
                 ax.plot(r[cost], 100 * r[key], marker, color=colour, ms=8, label=name)
                 spot = {"xytext": (9, -4), "textcoords": "offset points", "fontsize": 9}
                 ax.annotate(f"{100 * r[key]:.1f}", (r[cost], 100 * r[key]), **spot)
@@ -1512,7 +1526,8 @@ def open_picture(path):
             picture = ImageOps.contain(picture.convert("RGBA"), (side, side))
             # what is transparent is paper: black if the ink is light
             grey, alpha = (part / 255 for part in np.moveaxis(np.asarray(picture.convert("LA")), 2, 0))
-            light = (alpha < 0.5).mean() > 0.5 and (grey * alpha).sum() > 0.6 * alpha.sum()
+            ink = alpha > 0.5
+            light = ink.mean() < 0.5 and (grey[ink] < 0.4).sum() < 0.1 * ink.sum()  # dark: a sticker's letter
             paper = Image.new("RGBA", picture.size, "black" if light else "white")
             return Image.alpha_composite(paper, picture).convert("L")
     except Exception as e:  # Pillow's readers throw whatever a damaged file leads to
@@ -1665,6 +1680,7 @@ class Run:
         # args: the command line as it was typed; settings: the same with `auto` and defaults filled in
         self.args, self.settings, self.out = args, args, None
         self.git_commit = git_commit()  # of the code that runs: the checkout may move on
+        self.data_checksum = None
         try:
             self.world = int(os.environ.get("WORLD_SIZE", 1))
             self.rank = int(os.environ["RANK"]) if self.world > 1 else 0
@@ -1925,6 +1941,13 @@ FOLDER_ERRORS = {
 }
 
 
+def tensors_checksum(tensors):
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy() if tensor.dim() else b"")
+    return digest.hexdigest()[:16]
+
+
 def write_bytes(path, content, keep=False):
     """Whole or not at all: temporary file, fsync, rename; `keep` leaves the one before as NAME.prev."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -1991,7 +2014,8 @@ def try_read(path, keys):
 @contextlib.contextmanager
 def folder_lock(folder, wait=False):
     """Held until the block or the process ends; the system releases it however that happens."""
-    with open(folder / ".lock", "w") as file:
+    # a lock of its own for downloads: --out and --data-dir may be one folder, and flock would wait for itself
+    with open(folder / (".download.lock" if wait else ".lock"), "w") as file:
         try:
             if not fcntl:
                 raise OSError(errno.ENOTSUP, "no locks on this system")
@@ -2130,7 +2154,7 @@ def parse_args(argv):
 
 FREE = {"device", "data_dir", "cache_gb", "checkpoint_minutes", "out"}  # may differ when a run is continued
 # in args.json: what `auto` and the defaults came to
-RESOLVED = {"dataset", "dataset_flag", "weights", "weights_flag", "weights_checksum"}
+RESOLVED = {"dataset", "dataset_flag", "data_checksum", "weights", "weights_flag", "weights_checksum"}
 RESOLVED |= {"limit", "image_size", "amp"}
 BEFORE = {"code", "commit", "resnet18.py"}  # what a batch job may put into OUT before the first start
 
@@ -2206,6 +2230,7 @@ def load_inputs(run, before):
     args.json, so that another machine doesn't change it."""
     args, known = run.args, before or {}
     data = load_data(known.get("dataset_flag", args.dataset), args.data_dir)
+    run.data_checksum = data.checksum()
     default = CPU_RUN if run.device.type == "cpu" and data.name != "digits" else FULL_RUN
     given = {k: getattr(args, k) for k in default if getattr(args, k) is not None}
     resolved = {k: known.get(k, given.get(k, value)) for k, value in default.items()}
@@ -2222,9 +2247,9 @@ def load_inputs(run, before):
     split_data(data, run.settings)
     check_batch_sizes(run.settings, len(data.labels["train"]), run.world)
     resolved |= {"dataset": data.name, "weights": weights_name, "weights_flag": spec}
-    # last.pt has no frozen layers: another file under the same name would be mixed with it
-    content = b"".join(tensor.float().numpy().tobytes() for tensor in (weights or {}).values())
-    resolved["weights_checksum"] = hashlib.sha256(content).hexdigest()[:16]
+    # what a run is continued with must be what it began with, not other files under the same names
+    resolved["weights_checksum"] = tensors_checksum((weights or {}).values())
+    resolved["data_checksum"] = run.data_checksum
     resolved["dataset_flag"] = "digits" if data.name == "digits" else "emnist"
     changed = [f"{k} was {known[k]}, now {v}" for k, v in resolved.items() if before and known[k] != v]
     if changed:

@@ -1305,7 +1305,11 @@ class Predict(Case):
         dark, light, exif, at = self.seven, ImageOps.invert(self.seven), Image.Exif(), torch.arange(28) + 0.5
         wide, clear = Image.new("L", (600, 300), 250), Image.new("RGBA", dark.size, (0, 0, 0, 0))
         wide.paste(dark, (200, 10))
-        clear.putalpha(light)
+        chalk, sticker = (Image.new("RGBA", dark.size, (255, 255, 255, 0)) for _ in range(2))
+        for picture in (clear, chalk):  # black ink, and white, on nothing
+            picture.putalpha(light)
+        ImageDraw.Draw(sticker).rounded_rectangle((15, 5, 185, 245), 60, (255, 255, 255, 255))
+        sticker.paste("black", mask=light.point(lambda grey: 255 * (grey > 128)))
         exif[0x0112] = 6  # turned by a quarter
         pictures = {  # and how many levels they may differ by
             "dark.png": (dark, 0),
@@ -1313,6 +1317,8 @@ class Predict(Case):
             "deep.png": (Image.fromarray(np.asarray(dark).astype(np.uint16) * 257), 3),
             "wide.png": (wide, 8),
             "clear.png": (clear, 8),
+            "chalk.png": (chalk, 8),
+            "sticker.png": (sticker, 8),
             "small.png": (dark.resize((56, 56)), 8),
             "large.jpg": (dark.resize((2800, 2800)), 8),
             "turned.jpg": (dark.transpose(Image.Transpose.ROTATE_90), 8),
@@ -1464,9 +1470,9 @@ REGIMES = {"fc": "linear_probe", "layer4": "partial_unfreeze", "all": "full"}  #
 TEST_FILES = {"metrics.json", "per_class.csv", "confusion.csv", "confusion.png", "confusions_top.png"}
 
 
-def write_emnist(root):
+def write_emnist(root, seed=0):
     """Files in EMNIST's layout, 300 and 100 images: every class is a pattern of its own, with noise."""
-    rng, raw = np.random.default_rng(0), Path(root) / "EMNIST" / "raw"
+    rng, raw = np.random.default_rng(seed), Path(root) / "EMNIST" / "raw"
     raw.mkdir(parents=True)
     patterns = rng.integers(0, 256, (62, 7, 7)).repeat(4, 1).repeat(4, 2)
     for part, n in (("train", 300), ("test", 100)):
@@ -1888,6 +1894,9 @@ class ResnetTraining(ResnetCase):
         with self.assertRaisesRegex(r.Diverged, "the loss is nan in epoch 2") as caught:
             quiet(t.train)
         self.assertEqual(r.read_tensors(t.folder / "last.pt")["epoch"], 1)
+        t = self.trainer("linear_probe")
+        t.model.fc.bias.data.fill_(math.nan)  # as an epoch's last step may: its loss was still finite
+        self.assertRaisesRegex(r.Diverged, "a weight is no longer finite", t.save)
         self.say(str(caught.exception))
 
     def test_stopped_while_it_saves(self):
@@ -2154,6 +2163,14 @@ class ResnetRuns(ResnetCase):
             self.assertEqual(row[k], self.row[k])
         self.assertEqual({p.name for p in to.iterdir()}, TEST_FILES)
         self.refused("comes from a run on emnist, not digits", *argv, "--dataset", "digits")
+        other = self.tmp / "other data"
+        write_emnist(other, seed=1)
+        words = [other if word == self.data else word for word in argv]
+        self.refused(f"not these files in {other}", *words)
+        words = [other if word == str(self.data) else word for word in (*self.argv, self.out)]
+        (self.out / "gradual" / "metrics.json").rename(self.tmp / "aside")  # so that it goes on
+        self.refused("data_checksum was", *words)
+        (self.tmp / "aside").rename(self.out / "gradual" / "metrics.json")
         text = self.runs("--compare", self.out, to, "--out", self.tmp / "compared")
         self.assertIn("the result of --evaluate, not of a run; skipped", text)
         self.assertEqual((to / "confusion.csv").read_bytes(), (best.parent / "confusion.csv").read_bytes())
@@ -2174,7 +2191,7 @@ class ResnetRuns(ResnetCase):
         weights, argv = self.tmp / "weights.pt", small_flags(self.data, "--dry-run", "--regimes", "full")
         for seed in range(2):
             torch.manual_seed(seed)
-            torch.save(slim_resnet().state_dict(), weights)
+            torch.save(slim_resnet().state_dict(keep_vars=True), weights)
             with mock.patch.object(r, "run_regime", side_effect=r.Stopped):
                 status, _, err = call_resnet(*argv, "--weights", weights, "--out", self.tmp / "other weights")
             self.assertEqual(
@@ -2707,6 +2724,8 @@ class ResnetDisk(ResnetCase):
         ):
             line = self.refused("Offline: ", *flags, "--dataset", "emnist", "--out", self.tmp / "none")
             self.assertEqual([p.name for p in (self.tmp / "none").iterdir()], [".lock"])
+            both = self.tmp / "both"  # the run's lock does not keep the download waiting
+            self.refused("Offline: ", "--dataset", "emnist", "--data-dir", both, "--out", both)
             text = self.runs(*flags, "--dry-run", "--out", self.tmp / "fallen")
         with (
             mock.patch.object(emnist, "url", archive.as_uri()),
@@ -2714,7 +2733,7 @@ class ResnetDisk(ResnetCase):
             self.assertRaisesRegex(r.DownloadError, "File not found or corrupted"),
         ):
             quiet(r.load_emnist, self.tmp / "empty")
-        self.assertFalse(list(self.tmp.glob("empty/EMNIST/raw/*")))
+        self.assertFalse(list(self.tmp.glob("empty/EMNIST/raw/emnist*")))
         self.assertIn("FALLING BACK to scikit-learn's digits", text)
         self.assertIn("CONTINUING WITH random weights", text)
         row = row_of(self.tmp / "fallen")
