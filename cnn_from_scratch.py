@@ -1273,11 +1273,7 @@ def parse(argv):
     add = parser.add_argument_group("run").add_argument
     text = "auto: cuda, else cpu; mps (no float64) only if named" + default
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
-    add(
-        "--out",
-        metavar="DIR",
-        help="results folder (default: results/cnn-<timestamp>)",
-    )
+    add("--out", metavar="DIR", help="results folder (default: results/cnn-<timestamp>)")
     add("--deterministic", action="store_true", help="bit-exact repeats, on CUDA too")
     add("--dry-run", action="store_true", help="run everything on one batch")
     add = parser.add_argument_group("prediction").add_argument

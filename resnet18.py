@@ -2074,12 +2074,7 @@ def build_parser():
     add = p.add_argument_group("data").add_argument
     text = "auto: EMNIST, or scikit-learn's digits if it can't be downloaded (default: %(default)s)"
     add("--dataset", choices=("auto", "emnist", "digits"), default="auto", help=text)
-    add(
-        "--data-dir",
-        default="data",
-        metavar="DIR",
-        help="folder that holds EMNIST/raw (default: %(default)s)",
-    )
+    add("--data-dir", default="data", metavar="DIR", help="folder with EMNIST/raw (default: %(default)s)")
     text = "training + validation images, at least 10; 0: all (default: 0; EMNIST on a CPU: 12000)"
     add("--limit", type=number(int, 0), metavar="N", help=text)
     text = "side in pixels after resizing, at least 32 (default: 224; EMNIST on a CPU: 64)"
@@ -2095,11 +2090,7 @@ def build_parser():
         ("--batch-size", count, "images per step, over all processes"),
         ("--lr", number(float, 0, above=0, below=1e38), "peak learning rate"),  # float32 ends there
         ("--warmup-epochs", real, "epochs of linear warm-up"),
-        (
-            "--patience",
-            count,
-            f"epochs without {100 * MIN_DELTA:g} points more on validation before stopping early",
-        ),
+        ("--patience", count, f"epochs in which val accuracy must gain {100 * MIN_DELTA:g} points"),
     ):
         probe, other = (getattr(stage, flag[2:].replace("-", "_")) for stage in (PROBE, PARTIAL))
         text += f" (default: {probe:g} if only fc trains, else {other:g})"
