@@ -3020,6 +3020,16 @@ class Documents(Case):
                 if not separator:
                     yield list(part)
 
+    def test_help(self):
+        """--help of both scripts: a text for every flag, and real defaults."""
+        for parse in (c.parse, r.parse_args):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                self.assertRaises(SystemExit, parse, ["--help"])
+            flags = re.findall(r"(?m)^  (--[a-z-]+)(?: .*|\n {20}.*)$", out.getvalue())
+            self.assertGreater(len(flags), 10)
+            self.assertNotIn("None", out.getvalue())
+        self.say(f"{len(flags)} flags of resnet18.py")
+
     def test_commands(self):
         """Every script, file, flag and value that README's commands name is there."""
         count = 0
