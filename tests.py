@@ -1308,7 +1308,7 @@ class Predict(Case):
         chalk, sticker = (Image.new("RGBA", dark.size, (255, 255, 255, 0)) for _ in range(2))
         for picture in (clear, chalk):  # black ink, and white, on nothing
             picture.putalpha(light)
-        ImageDraw.Draw(sticker).rounded_rectangle((15, 5, 185, 245), 60, (255, 255, 255, 255))
+        ImageDraw.Draw(sticker).ellipse((-20, -5, 220, 255), (255, 255, 255, 255))
         sticker.paste("black", mask=light.point(lambda grey: 255 * (grey > 128)))
         exif[0x0112] = 6  # turned by a quarter
         pictures = {  # and how many levels they may differ by
