@@ -945,7 +945,7 @@ def open_picture(path):
             # what is transparent is paper: black if the ink is light
             grey, alpha = (part / 255 for part in np.moveaxis(np.asarray(picture.convert("LA")), 2, 0))
             ink = alpha > 0.5
-            light = ink.mean() < 0.5 and (grey[ink] < 0.4).sum() < 0.01 * ink.sum()  # dark: a sticker's letter
+            light = ink.mean() < 0.5 and (grey[ink] < 0.4).sum() < 0.01 * ink.sum()  # else a sticker
             paper = Image.new("RGBA", picture.size, "black" if light else "white")
             return Image.alpha_composite(paper, picture).convert("L")
     except Exception as e:  # Pillow's readers throw whatever a damaged file leads to
