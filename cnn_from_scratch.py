@@ -1210,7 +1210,7 @@ def run(args):
     out = Path(args.out or f"results/cnn-{datetime.now():%Y%m%d-%H%M%S}")
     arguments = {k: v for k, v in vars(args).items() if k not in ("out", "data_dir", "predict", "checkpoint")}
     if finished(out, arguments):
-        dataset = "digits" if '"dataset": "digits"' in (out / "metrics.json").read_text() else "mnist"
+        dataset = "digits" if b'"dataset": "digits"' in (out / "metrics.json").read_bytes() else "mnist"
         print(f"finished before, on {dataset}, nothing to do: {out} (delete the folder to train again)")
         return 0
     device = choose_device(args.device)
