@@ -520,14 +520,6 @@ point_8() { # what can be missing
   job=$(submit --array=7 run_resnet.sbatch)
   finish "$job"
   check "an array task without a regime: exit status 2" [ "$(exit_status "$job")" = 2 ]
-  # after a restart, it may only be out of reach for a while
-  ln -s full.ext3 "$W/link.ext3"
-  job=$(OVERLAY=$W/link.ext3 submit run_resnet.sbatch "${tiny[@]}" --dry-run)
-  finish "$job" && rm "$W/link.ext3" && as scontrol requeue "$job" && restart "$job"
-  check "no overlay at a restart: requeued" wait_for 90 "the requeue" logged "$job" '^unfinished: requeued, restart 2'
-  ln -s full.ext3 "$W/link.ext3"
-  restart "$job" && finish "$job"
-  check "... and completed once it is back" is "$job" COMPLETED
 }
 
 point_9() { # the pull
