@@ -169,10 +169,14 @@ def machines(groups):
     return dict(zip(string.ascii_uppercase, names))
 
 
+def usual_variant(groups):
+    return min((group["variant"] for group in groups), default="")  # "", unless all runs have one
+
+
 def usual_groups(groups):
     """Machine A's, without those of an unusual variant."""
-    usual = min((group["variant"] for group in groups), default="")  # "", unless all runs have one
-    return [g for g in groups if machine(g) == machines(groups)["A"] and g["variant"] == usual]
+    here, usual = machines(groups).get("A"), usual_variant(groups)
+    return [group for group in groups if machine(group) == here and group["variant"] == usual]
 
 
 def read_confusion(group):

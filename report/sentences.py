@@ -50,7 +50,7 @@ def scopes_of(groups):
     """
     here = runs.machines(groups)["A"]
     groups = sorted(groups, key=lambda group: runs.machine(group) == here)  # the last one of a name is taken
-    usual = min(group["variant"] for group in groups)  # no variant, unless all runs have one
+    usual = runs.usual_variant(groups)
     sizes = collections.Counter(g["size"] for g in groups if g["variant"] == usual for _ in g.runs)
     main, small = max(sizes), max(sizes, key=sizes.get)
     peers = [group for group in groups if group["size"][0] == small[0]]
