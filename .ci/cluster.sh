@@ -239,9 +239,12 @@ requeued() { [ "$(field "$1" Restarts)" = 1 ]; } # once
 exit_status() { field "$1" ExitCode | cut -d: -f1; }
 restart() { # SLURM lets a requeued job wait two minutes, here two seconds
   wait_for 180 "job $1 to be requeued" is "$1" "PENDING" && sleep 2 &&
-    wait_for 180 "job $1 to start again" started "$1"
+    wait_for 180 "job $1 to start again" started "$1" "$(field "$1" Restarts)"
 }
-started() { is "$1" "RUNNING COMPLETED FAILED" || { scontrol update jobid="$1" StartTime=now 2>/dev/null; false; }; }
+started() { # started JOB RESTARTS; one that has requeued itself in the meantime waits
+  is "$1" "RUNNING COMPLETED FAILED" || [ "$(field "$1" Restarts)" != "$2" ] ||
+    { scontrol update jobid="$1" StartTime=now 2>/dev/null; false; }
+}
 
 processes() { # those that have a variable of this value
   grep -lzx "$1" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3
@@ -520,6 +523,14 @@ point_8() { # what can be missing
   job=$(submit --array=7 run_resnet.sbatch)
   finish "$job"
   check "an array task without a regime: exit status 2" [ "$(exit_status "$job")" = 2 ]
+  # after a restart, it may only be out of reach for a while
+  ln -s full.ext3 "$W/link.ext3"
+  job=$(OVERLAY=$W/link.ext3 submit run_resnet.sbatch "${tiny[@]}" --dry-run)
+  finish "$job" && rm "$W/link.ext3" && as scontrol requeue "$job" && restart "$job"
+  check "no overlay at a restart: requeued" wait_for 90 "the requeue" logged "$job" '^unfinished: requeued, restart 2'
+  ln -s full.ext3 "$W/link.ext3"
+  restart "$job" && finish "$job"
+  check "... and completed once it is back" is "$job" COMPLETED
 }
 
 point_9() { # the pull
