@@ -341,7 +341,8 @@ def build_model(classes, weights, seed):
         model.load_state_dict(weights, strict=False)  # all but fc
     model.fc = nn.Linear(512, classes)
     for p in (model.fc.weight, model.fc.bias):
-        nn.init.uniform_(p, -(512**-0.5), 512**-0.5, generator=rng(seed, "fc", p.dim()))  # two seeds
+        # as nn.Linear's own initialisation; p.dim() gives weight and bias a seed each
+        nn.init.uniform_(p, -(512**-0.5), 512**-0.5, generator=rng(seed, "fc", p.dim()))
     return model.to(memory_format=torch.channels_last)
 
 
@@ -463,17 +464,15 @@ def in_batches(run, forward, shape, what, start=0, total=None, dtype=torch.float
     """
     memory = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     rows = torch.empty(shape, dtype=dtype, device=run.device, memory_format=memory).zero_()
-    index = torch.arange(start, start + shape[0], device=run.device)
-    began = time.monotonic()
-    for first in range(0, len(index), EVAL_BATCH * run.world):
-        mine_start = first + run.rank * EVAL_BATCH
-        mine = slice(mine_start, mine_start + EVAL_BATCH)  # this process's batch, empty past the end
-        if len(index[mine]):
+    n, together, began = len(rows), EVAL_BATCH * run.world, time.monotonic()
+    for first in range(0, n, together):
+        begin = first + run.rank * EVAL_BATCH  # of this process's batch, which is empty past the end
+        end = min(begin + EVAL_BATCH, n)
+        if begin < end:
             # a slice: with --deterministic, writing by index would make CUDA copy all of `rows`
-            rows[mine] = forward(index[mine])
+            rows[begin:end] = forward(torch.arange(start + begin, start + end, device=run.device))
         run.poll(save)
-        done = start + min(first + EVAL_BATCH * run.world, len(index))
-        run.pulse(pace_line, what, done, total or start + len(index), began, start)
+        run.pulse(pace_line, what, start + min(first + together, n), total or start + n, began, start)
     if run.world > 1:
         dist.all_reduce(rows)  # a row is zero on all processes but one, so the sum is exact
     return rows
@@ -716,15 +715,10 @@ class Trainer:
     def agree(self, sums, share):
         """Adds up `sums` over the processes. On CPUs, where SyncBatchNorm does not run, also averages
         BatchNorm's statistics, weighted by `share`, as rank 0 may save after any step."""
-        on_cpu = self.run.device.type != "cuda"
-        buffers = [b for b in self.head.buffers() if on_cpu and b.is_floating_point()]
-        tensors = [sums, *buffers]
-        for b in buffers:
-            b.mul_(share)  # a weighted mean over the processes: each one's share of it first, then the sum
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(total.view_as(t))
+        dist.all_reduce(sums)
+        for buffer in self.head.buffers():
+            if self.run.device.type == "cpu" and buffer.is_floating_point():
+                dist.all_reduce(buffer.mul_(share))
 
     def train(self):
         """Trains the stage to its last epoch or early stop, then restores the best weights."""
@@ -736,8 +730,6 @@ class Trainer:
             self.inputs.compute(self.timer)
             if run.world > 1:
                 self.wrap()
-        # for eta()
-        self.started, self.first_step = time.monotonic(), state.epoch * self.steps + state.step
         try:
             while not self.finished():
                 self.train_epoch()
@@ -785,10 +777,11 @@ class Trainer:
 
     def step_line(self, began, first):
         state = self.state
-        rate = (state.step - first) * self.n / self.steps / max(1e-9, time.monotonic() - began)
-        loss = float(state.sums[0]) / state.step
+        rate = (state.step - first) / max(1e-9, time.monotonic() - began)  # steps per second
+        left = (self.stage.epochs - state.epoch) * self.steps - state.step
+        loss, images = float(state.sums[0]) / state.step, rate * self.n / self.steps
         place = f"epoch {state.epoch + 1:2d}/{self.stage.epochs} | step {state.step}/{self.steps}"
-        return f"{place} | loss {loss:.4f} | {rate:,.0f} images/s | eta {duration(self.eta())}"
+        return f"{place} | loss {loss:.4f} | {images:,.0f} images/s | eta {duration(left / rate)}"
 
     def finish_epoch(self):
         """Validation, early stopping, log line, checkpoint."""
@@ -827,19 +820,18 @@ class Trainer:
             self.publish(better)
         # only now: an epoch that is in the log must survive a kill
         epochs_left = 0 if self.finished() else self.stage.epochs - state.epoch
-        self.run.say(epoch_line(row, self.stage.epochs, epochs_left * row["seconds"]))
+        train = f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.2%}"
+        self.run.say(
+            f"epoch {state.epoch:2d}/{self.stage.epochs} | {train} | val loss {loss:.4f} acc {accuracy:.2%} "
+            f"| lr {row['lr']:.1e} | {duration(row['seconds'])} "
+            f"| eta {duration(epochs_left * row['seconds'])}" + (" | best" if better else "")
+        )
         self.run.poll(self.save)
 
     def seconds(self):
         """Of training and validation, so far."""
         spent = self.state.spent
         return sum(float(spent[phase][0]) for phase in ("steps", "validation") if phase in spent)
-
-    def eta(self):
-        """Seconds until the last epoch, at the rate measured since this start of the run."""
-        now = self.state.epoch * self.steps + self.state.step
-        rate = (time.monotonic() - self.started) / max(1, now - self.first_step)
-        return rate * (self.stage.epochs * self.steps - now)
 
     def finished(self):
         return self.state.epoch >= self.stage.epochs or self.state.stale >= self.stage.patience
@@ -913,15 +905,6 @@ class Trainer:
         ran |= {"diverged": self.state.diverged, "best_stage": self.recipes[best["number"]].trains}
         ran |= {"best_epoch": best["epoch"], "val_accuracy": best["accuracy"]}
         return asdict(self.stage) | ran
-
-
-def epoch_line(row, epochs, left):
-    return (
-        f"epoch {row['epoch']:2d}/{epochs} "
-        f"| train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.2%} "
-        f"| val loss {row['val_loss']:.4f} acc {row['val_accuracy']:.2%} | lr {row['lr']:.1e} "
-        f"| {duration(row['seconds'])} | eta {duration(left)}" + (" | best" if row["best"] else "")
-    )
 
 
 def stages_of(name, settings):
@@ -1033,7 +1016,7 @@ def run_regime(run, name, data, weights, weights_name, todo):
         return model.to(run.device, memory_format=layout(run.device))
 
     trainer, resumed = resume(run, data, make_model, stages, folder)
-    if name == todo[0]:
+    if name == todo[0] and not resumed:
         plan(run, data, trainer, todo)  # prints an estimate, changes nothing
     reset_peak(run.device)
     for number in range(trainer.state.number, len(stages)):
@@ -1083,14 +1066,13 @@ def finish_regime(run, name, data, weights_name, trainer):
     return row
 
 
-TRAINING = ("features", "cache", "steps")  # the phases counted in train_seconds
-
-
 def training_figures(name, trainer):
     """metrics.json's keys on training and cost."""
     state, settings, last = trainer.state, trainer.run.settings, trainer.state.stages[-1]
     seconds = {phase: float(wall) for phase, (wall, _) in state.spent.items()}
-    training, cpu_seconds = sum(state.spent[phase] for phase in TRAINING if phase in seconds).tolist()
+    # validation, test set, pictures and checkpoints are not counted
+    counted = [state.spent[phase] for phase in ("features", "cache", "steps") if phase in seconds]
+    training, cpu_seconds = sum(counted).tolist()
     samples = sum(s["epochs_run"] * s["samples_per_epoch"] for s in state.stages)
     return {
         "regime": name,
@@ -1181,61 +1163,40 @@ def time_per_image(run, data, model, trains):
     return [min(seconds) / n / run.world for seconds in zip(*times)]
 
 
-def estimate(run, stages, costs, sizes, image_size, on_disk, state=None):
-    """Rough seconds for a regime, or for what is left of it after `state`, test included; the probe's
-    features of `on_disk` images are there already."""
-    train, val, seconds = sizes["train"], sizes["val"], 0.0
-    fits = cache_fits(run, sum(sizes[name] for name in kept_sets(run.settings)), image_size)[0]
-    for number, stage in enumerate(stages):
-        if state and number < state.number:
-            continue  # this stage has ended
-        (frozen, step), epochs = costs[stage.trains], stage.epochs
-        if state and number == state.number:
-            epochs = 0 if state.done else epochs - state.epoch
-        # how often each set passes through the frozen layers
-        kept = stage.trains == "fc" or (stage.trains == "layer4" and fits)
-        val_passes = min(1, epochs) if kept else epochs
-        train_passes = epochs if run.settings.augment else val_passes
-        seconds += frozen * (train_passes * train + val_passes * val)
-        if stage.trains == "fc":
-            seconds -= frozen * val_passes * on_disk
-        seconds += epochs * (step * train + step / 3 * val)  # forward is about a third of a training step
-    frozen, step = costs[stages[-1].trains]
-    return seconds + (frozen + step / 3) * sizes["test"]
-
-
 def plan(run, data, trainer, todo):
-    """Says how long the unfinished regimes will take, from a few timed batches; without a GPU, also how long
-    all images at 224 px would take."""
-    settings = run.settings
-    stages = {name: stages_of(name, settings) for name in todo}
-    every = sorted({stage.trains for name in todo for stage in stages[name]})
-    costs = {trains: time_per_image(run, data, trainer.model, trains) for trains in every}
-    sizes = {name: len(labels) for name, labels in data.labels.items()}
-    texts = []
-    n = sum(sizes[name] for name in kept_sets(settings))  # images with kept probe features
-    on_disk = min(n, CHUNK * len(list((run.out / "features").glob("*.pt"))))
+    """Says roughly how long the regimes will take, from a few timed batches; without a GPU, also what all
+    images at 224 px would take."""
+    settings, texts, costs, total = run.settings, [], {}, 0.0
+    train, val, test = (len(data.labels[name]) for name in ("train", "val", "test"))
+    kept_images = sum(len(data.labels[name]) for name in kept_sets(settings))
+    fits = cache_fits(run, kept_images, settings.image_size)[0]
     for name in todo:
-        state = trainer.state if name == todo[0] else None
-        seconds = estimate(run, stages[name], costs, sizes, settings.image_size, on_disk, state)
-        texts.append(f"{name} about {about(seconds)}")
-        if any(stage.trains == "fc" for stage in stages[name]):
-            on_disk = n  # the next regime finds all of them
+        seconds = 0.0
+        for stage in stages_of(name, settings):
+            passes = stage.epochs  # through the frozen layers
+            if stage.trains == "fc":
+                passes = 0 if "fc" in costs else 1  # a later regime finds the features
+            elif stage.trains == "layer4" and fits:
+                passes = 1
+            train_passes = stage.epochs if settings.augment else passes
+            if stage.trains not in costs:
+                costs[stage.trains] = time_per_image(run, data, trainer.model, stage.trains)
+            frozen, step = costs[stage.trains]
+            seconds += frozen * (train_passes * train + passes * val)
+            seconds += stage.epochs * step * (train + val / 3)  # forward is about a third of a training step
+        seconds += (frozen + step / 3) * test
+        total += seconds
+        texts.append(f"{name} about {duration(seconds)}")
     trainer.timer("plan")
     run.say(f"plan: {', '.join(texts)} on {device_name(run.device)}; less with early stopping")
-    fewer = run.args.limit is None and sizes["train"] + sizes["val"] < data.total
-    smaller = run.args.image_size is None and settings.image_size < FULL_RUN["image_size"]
+    size, images = settings.image_size, train + val
+    fewer = run.args.limit is None and images < data.total
+    smaller = run.args.image_size is None and size < FULL_RUN["image_size"]
     if run.main and (fewer or smaller) and run.device.type == "cpu" and not settings.dry_run:
-        size = FULL_RUN["image_size"]
-        larger = (size / settings.image_size) ** 2
-        full_costs = {trains: [larger * cost for cost in costs[trains]] for trains in costs}
-        full_sizes = sizes | {"train": 0.9 * data.total, "val": 0.1 * data.total}
-        seconds = sum(estimate(run, stages[k], full_costs, full_sizes, size, 0) for k in todo)
-        images = f"{min(settings.limit or data.total, data.total):,} of {data.total:,} images"
-        command = shlex.join([*start_words(run.out), *own_words(), "--limit", "0", "--image-size", str(size)])
+        all_of_them = total * data.total / images * (FULL_RUN["image_size"] / size) ** 2
         banner(
-            f"NO GPU: this run uses {images}, at {settings.image_size} px.\n"
-            f"All of them at {size} px would take about {about(seconds)} here: {command}"
+            f"NO GPU: this run uses {images:,} of {data.total:,} images, at {size} px. For all of them at\n"
+            f"224 px, add --limit 0 --image-size 224 and a new --out: at least {duration(all_of_them)} here."
         )
 
 
@@ -1354,7 +1315,10 @@ def compare(args):
         raise InputError("--compare: no regime has finished there")
     out = make_folder(args.out or f"results/resnet18-compare-{datetime.now():%Y%m%d-%H%M%S}")
     refuse_run_folder(out)
-    print(write_comparison(out, sorted(rows, key=lambda r: r["train_seconds"])))
+    try:
+        print(write_comparison(out, sorted(rows, key=lambda r: r["train_seconds"])))
+    except KeyError as e:
+        raise InputError(f"--compare: a metrics.json is another version's: it lacks {e}") from e
     print(f"in {out}: comparison.md, comparison.json, comparison.png")
     return 0
 
@@ -1656,7 +1620,7 @@ def predict(args):
         try:
             image, warning = read_character(path)
         except InputError as e:
-            print(f"error: {e}", file=sys.stderr, flush=True)
+            say_error(e)
             status = 2
             continue
         with torch.no_grad():
@@ -1875,12 +1839,6 @@ def duration(seconds):
     return f"{seconds / 60:.1f}m" if seconds < 3600 else f"{seconds / 3600:.1f}h"
 
 
-def about(seconds):
-    if seconds < 55:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def pace_line(what, done, total, began, first=0):
     rate = (done - first) / max(1e-9, time.monotonic() - began)
     return f"{what}: {done:,}/{total:,} images | {rate:,.0f} images/s | eta {duration((total - done) / rate)}"
@@ -1900,6 +1858,11 @@ def not_the_files_fault(error):
 
 def one_line(error, limit=160):
     return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
+
+
+def say_error(text):
+    # on a terminal, a progress line may stand where this goes
+    print(("\r\033[K" if sys.stderr.isatty() else "") + f"error: {text}", file=sys.stderr, flush=True)
 
 
 def banner(text):
@@ -2099,11 +2062,6 @@ def build_parser():
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help=text)
     text = "seeds all randomness (default: %(default)s)"
     add("--seed", type=number(int, 0, below=2**64), default=0, help=text)
-    add_run_flags(p)
-    return p
-
-
-def add_run_flags(p):
     add = p.add_argument_group("run").add_argument
     text = "auto: the first available of cuda, mps, cpu (default: %(default)s)"
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
@@ -2121,6 +2079,7 @@ def add_run_flags(p):
     add("--evaluate", metavar="FILE", help=text)
     add("--predict", nargs="+", metavar="IMAGE", help="read pictures or photographs of one character each")
     add("--checkpoint", metavar="FILE", help="best.pt of a run, for --predict")
+    return p
 
 
 def parse_args(argv):
@@ -2191,29 +2150,17 @@ def typed(value):
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def own_words():
-    """The command line without --out."""
-    words = sys.argv[1:]
-    # drops --out and the word after it
-    kept = [word for before, word in zip(["", *words], words) if "--out" not in (before, word)]
-    return [word for word in kept if not word.startswith("--out=")]
-
-
-def start_words(out):
-    """The words that a command like this run's begins with."""
-    if Path(sys.argv[0]).parent == Path(out) / "code":  # the copy that a batch job runs
-        return ["sbatch", "run_resnet.sbatch"]
-    processes = os.environ.get("LOCAL_WORLD_SIZE")
-    return [*(["torchrun", f"--nproc-per-node={processes}"] if processes else ["python"]), sys.argv[0]]
-
-
-def continue_line(out):
-    """How to continue this run."""
-    out = f"./{out}" if str(out).startswith("-") else str(out)
-    start, words = start_words(out), own_words()
-    if start[0] == "sbatch":
-        return f"continue with: OUT_DIR={shlex.quote(out)} {shlex.join(start + words)}"
-    return "continue with: " + shlex.join([*start, *words, "--out", out])
+def say_how_to_continue(run):
+    """Prints the command that continues this run; in a batch job, run_resnet.sbatch does."""
+    script, *words = sys.argv
+    if Path(script).parent == run.out / "code":  # the copy that a batch job runs
+        return
+    start = ["python"]
+    if per_node := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun
+        nodes = run.world // int(per_node)
+        start = ["torchrun", *([f"--nnodes={nodes}"] if nodes > 1 else []), f"--nproc-per-node={per_node}"]
+    out = [] if run.args.out else [f"--out={run.out}"]
+    run.say("continue with: " + shlex.join([*start, script, *words, *out]))
 
 
 def load_inputs(run, before):
@@ -2332,7 +2279,7 @@ def run_training(args):
             run.say(f"all is done in {run.out}: {sentence}")
             run.poll()  # wait: this process may run the store, which the others ask once a second
             return 0
-        run.say(continue_line(run.out))
+        say_how_to_continue(run)
         inputs = load_in_turn(run, before)
         run.catch_signals()
         try:
@@ -2340,7 +2287,8 @@ def run_training(args):
             return 0
         except Stopped:
             ignore_signals()
-            run.say(f"stopped between two steps, everything is saved\n{continue_line(run.out)}")
+            run.say("stopped between two steps, everything is saved")
+            say_how_to_continue(run)
             return 75
 
 
@@ -2353,13 +2301,11 @@ def failure(error):
         text = f"{error}: try a smaller --lr, with a new --out"
     elif isinstance(error, RunFailed):
         text = str(error)
-    elif isinstance(error, OSError):
-        pass
     elif "gloo" in text.lower() or "nccl" in text.lower() or isinstance(error, dist.DistError):
         text = f"another process of this run ended, or the connection to it was lost ({text})"
-    else:
+    elif not isinstance(error, OSError):
         raise error
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    say_error(text)
     return 1
 
 
@@ -2388,7 +2334,7 @@ def main(argv=None):
         sys.stdout.flush()
         return status
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
+        say_error(e)
         return 2
     except OSError as e:
         # usually from a print: the pipe's reader has exited, as `head` does, or a disk is full; without this

@@ -2060,7 +2060,7 @@ class ResnetPlan(ResnetCase):
         with mock.patch.object(r, "prepare", wraps=r.prepare) as prepare:
             text = quiet(r.plan, t.run, t.data, t, ["gradual"])
         self.assertTrue(same(before, state()))
-        self.assertRegex(text, r"^plan: gradual about \d+ (s|min|h) on .*\n$")
+        self.assertRegex(text, r"^plan: gradual about [\d.]+[smh] on .*\n$")
         self.assertLessEqual(prepare.call_count, 9)  # three for each part of the network
         self.assertGreater(t.state.spent["plan"][0], 0)  # not charged to the training
         self.say(f"{prepare.call_count} batches: {text.strip()[:60]}")
@@ -2089,18 +2089,18 @@ class ResnetPlan(ResnetCase):
         self.say(lines[-1].strip())
 
     def test_banner(self):
-        """On a CPU it says that not all was taken, and the command for everything, which is accepted."""
+        """On a CPU it says that not all was taken, and the flags for everything."""
         argv = small_flags(self.data, "--regimes", "linear_probe", "--epochs", 1, "--out", self.tmp / "few")
         with mock.patch.dict(r.CPU_RUN, limit=100):
             text = self.runs(*argv)
         self.assertIn("!" * 100 + "\nNO GPU: ", text)
-        command = re.search(r"python resnet18.py .*--limit 0 --image-size 224$", text, re.MULTILINE)[0]
-        full = r.parse_args(shlex.split(command)[2:])
-        self.assertEqual((full.limit, full.image_size, full.out, full.epochs), (0, 224, None, 1))
+        line = re.search("add (.*) and a new --out: at least .*[smh] here", text)
+        full = r.parse_args(line[1].split())
+        self.assertEqual((full.limit, full.image_size), (0, 224))
         for kept in (json.loads((self.tmp / "few" / "args.json").read_text()), row_of(self.tmp / "few")):
             self.assertEqual((kept["limit"], kept["image_size"]), (100, 32))
         self.assertNotIn("NO GPU", self.runs(*argv[:-1], self.tmp / "all", "--limit", 0))
-        self.say(command)
+        self.say(line[0])
 
 
 class ResnetRuns(ResnetCase):
@@ -2411,7 +2411,7 @@ class ResnetProcesses(ResnetCase):
         memory, data = RuntimeError("can't allocate memory: 9 bytes"), r.InputError("this node has no data")
         cases = (
             (self.data, ("evaluate", None), [2, 2], "holds other files"),
-            (self.tmp / "a", ("epoch_line", memory), [1, 1], "out of memory: continue"),
+            (self.tmp / "a", ("tune_tau", memory), [1, 1], "out of memory: continue"),
             (self.tmp / "b", ("load_data", data), [1, 2], "this node has no data"),
         )
         for out, fault, statuses, text in cases:
@@ -2851,22 +2851,27 @@ class ResnetBadInput(ResnetCase):
         self.say(f"{len(cases)} clear lines, then a good command in the same folder")
 
     def test_continue_line(self):
-        """What it prints is accepted again, whatever the folder is called."""
+        """What it prints is accepted again, whatever the folder is called; batch files do it themselves."""
+
+        def line(script, words, out, **env):
+            run = r.Run(r.parse_args(words))
+            run.out, run.world = Path(out), int(env.get("WORLD_SIZE", 1))
+            with mock.patch.object(sys, "argv", [script, *words]), mock.patch.dict(os.environ, env):
+                return quiet(r.say_how_to_continue, run)
+
         for words, out in (
-            ("--out=-x --seed 3", "./-x"),
+            ("--out=-x --seed 3", "-x"),
             ("--seed 3 --out 'a b'", "a b"),
-            ("--seed=3", "results/resnet18"),
-            ("--seed 3 --out a --out=--b", "./--b"),
+            ("--seed 3 --ou a", "a"),
+            ("--seed=3", "results/resnet18 of 'today'"),
         ):
-            args = r.parse_args(shlex.split(words))
-            with mock.patch.object(sys, "argv", ["resnet18.py", *shlex.split(words)]):
-                line = r.continue_line(Path(args.out or "results/resnet18"))
-            again = r.parse_args(shlex.split(line.removeprefix("continue with: "))[2:])
-            self.assertEqual((again.out, again.seed), (out, 3), line)
-        with mock.patch.object(sys, "argv", ["/a/out/code/resnet18.py", "--seed", "3", "--out", "/a/out"]):
-            job = r.continue_line(Path("/a/out"))
-        self.assertEqual(job, "continue with: OUT_DIR=/a/out sbatch run_resnet.sbatch --seed 3")
-        self.say(line)
+            printed = line("resnet18.py", shlex.split(words), out)
+            again = r.parse_args(shlex.split(printed.removeprefix("continue with: "))[2:])
+            self.assertEqual((again.out, again.seed), (out, 3), printed)
+        self.assertEqual(line("/a/out/code/resnet18.py", ["--out", "/a/out"], "/a/out"), "")
+        several = line("resnet18.py", ["--out=a"], "a", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")
+        self.assertIn("with: torchrun --nnodes=2 --nproc-per-node=2 resnet18.py --out=a\n", several)
+        self.say(printed.strip())
 
     def test_folders(self):
         file, unused = self.tmp / "file", self.tmp / "unused"
