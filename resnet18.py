@@ -223,10 +223,12 @@ def load_emnist(root):
 
 
 def load_digits():
-    """scikit-learn's 1,797 real 8x8 digits, scaled to 28x28; a fixed fifth of them is the test set."""
+    """scikit-learn's 1,797 real 8x8 digits; a fixed fifth of them is the test set. Scaled to 24x24 in the
+    middle of 28x28, about where EMNIST has its characters."""
     digits = datasets.load_digits()
     images = torch.tensor(digits.images / 16 * 255, dtype=torch.float32)[:, None]  # n, 1, 8, 8
-    images = F.interpolate(images, size=(28, 28), mode="bilinear")[:, 0].round().byte()
+    images = F.interpolate(images, size=(24, 24), mode="bilinear")[:, 0].round().byte()
+    images = F.pad(images, (2, 2, 2, 2))  # n, 28, 28
     labels = torch.tensor(digits.target, dtype=torch.int64)
     order = torch.randperm(len(labels), generator=rng("digits"))
     train, test = order[360:], order[:360]
@@ -405,6 +407,8 @@ def read_best(path):
     """(model in evaluation mode, on the CPU; best.pt's content); InputError if it can't be used."""
     try:
         best = read_tensors(path)
+        if "0.W" in best:
+            raise ValueError("it is cnn_from_scratch.py's")
         best["image_size"] = int(best["image_size"])
         model = build_model(len(best["classes"]), None, 0)
         model.load_state_dict(best["model"])
@@ -1046,7 +1050,7 @@ def finish_regime(run, name, data, weights_name, trainer):
     timer("test")
     title = name + (" (dry run)" if run.settings.dry_run else "")
     if run.main:
-        draw_curves(folder / "curves.png", state.history, title)
+        draw_curves(folder / "curves.png", state.history, f"{title}, {data.name}")
     write_test_files(run, folder, data, logits, title)
     timer("pictures")
     if not run.main:
@@ -1286,8 +1290,9 @@ def write_comparison(folder, rows):
     tests = dict.fromkeys(f"{r['dataset']}; {r['weights']} weights; {r['image_size']} px" for r in rows)
     sentence = trade_off(rows)
     dry = f"{sentence} " if any(r["dry_run"] for r in rows) else ""
-    lines = [f"{dry}Test set of {' / '.join(tests)}.", "", *(f"| {row} |" for row in table), "", sentence, ""]
-    draw_comparison(folder / "comparison.png", rows, dry)
+    title = f"{dry}Test set of {' / '.join(tests)}"
+    lines = [f"{title}.", "", *(f"| {row} |" for row in table), "", sentence, ""]
+    draw_comparison(folder / "comparison.png", rows, title)
     write_bytes(folder / "comparison.md", "\n".join(lines).encode(errors="backslashreplace"))
     write_json(folder / "comparison.json", {"rows": rows, "trade_off": sentence})
     return "\n".join(lines)
@@ -1379,8 +1384,8 @@ def draw_curves(path, history, title):
     figure, axes = new_figure(10, 3.8, 1, 2, heading)
     for ax, what, scale, unit in zip(axes[0], ("loss", "accuracy"), (1, 100), ("", " (%)")):
         for name, label, colour, style in (
-            ("train", "training", BLUE, "o--"),
-            ("val", "validation", ORANGE, "s-"),
+            ("train", "training, mean over the epoch", BLUE, "o--"),
+            ("val", "validation, after the epoch", ORANGE, "s-"),
         ):
             values = [row[f"{name}_{what}"] * scale for row in history]
             ax.plot(range(1, len(values) + 1), values, style, color=colour, label=label, ms=4)
@@ -1433,10 +1438,10 @@ def draw_top_confusions(path, confusion, data, predicted, title, pairs=12, examp
     save_figure(figure, path)
 
 
-def draw_comparison(path, rows, dry):
+def draw_comparison(path, rows, title):
     """Accuracy and macro-F1 against two costs; validation curves."""
     colours = COLOURS * len(rows)
-    figure, axes = new_figure(15, 4.4, 1, 3, dry)
+    figure, axes = new_figure(15, 4.6, 1, 3, title)
     costs = {"train_seconds": "training time (s), caches included", "update_budget": "samples seen"}
     for ax, (cost, label) in zip(axes[0], costs.items()):
         for r, colour in zip(rows, colours):
@@ -1526,7 +1531,8 @@ def otsu(values):
 def crop_to_sheet(picture):
     """A grey Image cropped to the sheet of paper in it, what is around the sheet painted like paper.
 
-    Unchanged if it shows no sheet: a light rectangle with marks on it, away from the picture's edge.
+    Unchanged if it shows no sheet: a light rectangle with marks on it, away from the picture's edge. Marks
+    are smaller than the holes of a light B or D.
     """
     grey = ndimage.gaussian_filter(np.asarray(ImageOps.contain(picture, (200, 200)), np.float32), 1)
     labels, count = ndimage.label(grey > otsu(grey))
@@ -1543,7 +1549,7 @@ def crop_to_sheet(picture):
     height = np.ptp(y * np.cos(a) - x * np.sin(a), 1) + 1
     area, marks = filled.sum(), filled.sum() - sheet.sum()
     rectangle = area > 0.08 * filled.size and area > 0.9 * (width * height).min()
-    if not (inside and rectangle and marks > 0.003 * area):
+    if not (inside and rectangle and 0.003 < marks / area < 0.2):
         return picture
     mask = Image.fromarray(ndimage.binary_erosion(filled, iterations=3)).resize(picture.size)
     paper = Image.new("L", picture.size, int(np.median(grey[sheet])))
@@ -1611,7 +1617,10 @@ def read_character(path):
 
 def predict(args):
     """--predict: the five most probable characters of each picture; status 2 if one of them can't be read."""
-    model, classes, size = load_model(args.checkpoint)
+    model, best = read_best(args.checkpoint)
+    classes, size = best["classes"], best["image_size"]
+    if best.get("dataset") == "digits":
+        print("warning: trained on scikit-learn's small digits, this network often misreads photographs")
     device, status = choose_device(args.device), 0
     model = model.to(device, memory_format=layout(device))
     frozen, head = split_at(model, "fc", choose_amp(args.amp, device))
@@ -2233,6 +2242,9 @@ def finished_rows(out, regimes, before):
         if before and path.exists():
             try:
                 rows[k] = read_metrics(path)
+                best, last = path.with_name("best.pt"), path.with_name("last.pt")
+                if last.exists() and not (best.exists() and try_read(best, ["model"])):
+                    rows[k] = None  # last.pt has the weights: resume() writes best.pt again
             except ValueError as e:
                 print(f"{path} is damaged ({one_line(e)}): the test is done again", flush=True)
     if not all(rows) or not (out / "comparison.json").exists():
@@ -2287,7 +2299,7 @@ def run_training(args):
             return 0
         except Stopped:
             ignore_signals()
-            run.say("stopped between two steps, everything is saved")
+            run.say("stopped: everything is saved")
             say_how_to_continue(run)
             return 75
 

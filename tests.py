@@ -767,7 +767,7 @@ class Training(Case):
 
     def test_best_is_kept(self):
         """fit() ends with the weights of the best epoch, in the model and in best.pt, whatever came later."""
-        args = c.parse(["--epochs", "3"])
+        args = c.parse(["--epochs", "3", "--lr", "0.1"])
         data = [t[:128] for t in c.load_digits()[0]]
         model, seen = c.build_cnn("cpu"), []
         for p in model.parameters():
@@ -844,8 +844,13 @@ class Run(Case):
         self.assertAlmostEqual(rows[1]["lr"], c.learning_rate(11, 12, 0.05, "onecycle"))
         best = max(rows, key=lambda row: row["val_accuracy"])  # the first of equals
         self.assertEqual((best["epoch"], best["val_accuracy"]), (m["best_epoch"], m["val_accuracy"]))
-        model, (_, test) = c.build_cnn("cpu"), c.load_mnist(self.tmp / "data")
+        model, ((images, labels), test) = c.build_cnn("cpu"), c.load_mnist(self.tmp / "data")
         c.load_weights(self.out / "best.pt", model)
+        # chosen on a tenth of the training set, and on nothing else
+        val = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:40]
+        loss, accuracy, _ = c.evaluate(model, images[val], labels[val])
+        self.assertEqual(accuracy, m["val_accuracy"])
+        self.assertAlmostEqual(loss, best["val_loss"], places=6)
         loss, accuracy, logits = c.evaluate(model, *test)
         self.assertEqual(accuracy, m["test_accuracy"])
         for value in (loss, float(F.cross_entropy(logits, test[1]))):
@@ -920,22 +925,30 @@ class Run(Case):
         self.assertIn("mnist, seed 0, dry run", self.pictures.call_args.args)
         self.say(f"{out}: {text.splitlines()[0]}")
 
-    def test_default_epochs(self):
-        """MNIST's and the digits': the one that ran is kept, and found again; an older folder's 5 as well."""
+    def test_defaults(self):
+        """MNIST's and the digits' epochs and lr: those that ran are kept, and found again."""
         out, flags = self.tmp / "fewer", ["--data-dir", self.tmp / "no data", "--out", self.tmp / "fewer"]
-        with offline(), mock.patch.dict(c.EPOCHS, digits=2), mock.patch.object(c, "save_pictures"):
-            texts = [call(*flags)[1], call(*flags)[1], call(*flags, "--epochs", 2)[1]]
-        ran = [json.loads((out / f"{name}.json").read_text())["epochs"] for name in ("args", "metrics")]
-        self.assertEqual((ran, *["finished" in text for text in texts]), ([2, 2], False, True, True))
-        args = json.loads((out / "args.json").read_text()) | {"epochs": 5}
+        with (
+            offline(),
+            mock.patch.dict(c.DEFAULTS["digits"], epochs=2),
+            mock.patch.object(c, "save_pictures"),
+        ):
+            texts = [call(*flags)[1], call(*flags)[1], call(*flags, "--epochs", 2, "--lr", 0.03)[1]]
+        args, ran = (json.loads((out / f"{name}.json").read_text()) for name in ("args", "metrics"))
+        self.assertEqual((args["epochs"], args["lr"], ran["epochs"]), (2, 0.03, 2))
+        self.assertEqual(["finished" in text for text in texts], [False, True, True])
         for dataset in ("auto", "mnist", "digits"):
-            (out / "args.json").write_text(json.dumps(args | {"dataset": dataset}))
+            changed = args | c.DEFAULTS["mnist"] | {"dataset": dataset}
+            (out / "args.json").write_text(json.dumps(changed))
             if dataset != "digits":
                 self.assertIn("finished", call("--dataset", dataset, *flags)[1])
         digits = ["--device", "auto", "--dataset", "digits"]
-        self.refused(*digits, out=out, says=[f"--epochs 5 there, {c.EPOCHS['digits']} now"])
+        self.refused(*digits, out=out, says=["--epochs 5 there, 30 now; --lr 0.1 there, 0.03 now"])
         self.refused(*digits, "--epochs", 9, out=out, says=["--epochs 5 there, 9 now"])
-        self.say(f"MNIST {c.EPOCHS['mnist']}, digits {c.EPOCHS['digits']}")
+        del changed["schedule"]
+        (out / "args.json").write_text(json.dumps(changed))
+        self.refused(*digits, out=out, says=["args.json lacks schedule"])
+        self.say(f"MNIST {c.DEFAULTS['mnist']}, digits {c.DEFAULTS['digits']}")
 
     def test_offline(self):
         """The digits instead, said wherever a result is; --dataset mnist says how to go on."""
@@ -1278,11 +1291,7 @@ class Predict(Case):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        # as MNIST has them: 20 pixels, and four of margin
-        train, (cls.images, cls.labels) = (
-            (F.pad(F.interpolate(images[:, None].float(), size=20), [4] * 4)[:, 0].byte(), labels)
-            for images, labels in c.load_digits()
-        )
+        train, (cls.images, cls.labels) = c.load_digits()
         torch.manual_seed(0)
         cls.model, generator = c.build_cnn("cpu"), torch.Generator().manual_seed(0)
         sgd = c.SGD(cls.model.parameters(), 0, 0.9, True)
@@ -1366,6 +1375,14 @@ class Predict(Case):
         self.say(f"{one} of 40 digits and {two} of 40 pairs with a warning, 4 empty pages refused")
         self.assertTrue(one <= 1 and two >= 36)
 
+    def test_light_letter(self):
+        """A light B on a dark board is not taken for a sheet of paper."""
+        board = np.full((200, 200), 40, np.uint8)
+        board[40:160, 60:140] = 230
+        board[52:94, 72:128] = board[106:148, 72:128] = 40
+        board = Image.fromarray(board)
+        self.assertIs(c.crop_to_sheet(board), board)
+
     def test_bad_images(self):
         """A line for each; for a good one its digit and the model's shares. Huge ones are not decoded."""
         whole = io.BytesIO()
@@ -1386,7 +1403,11 @@ class Predict(Case):
         for path, image in zip(good, self.images.numpy()):
             Image.fromarray(np.pad(image, 12)).save(path)
         paths = [*(self.tmp / name for name in says), *good]
-        status, text, err = call("--predict", *paths, "--checkpoint", self.checkpoint, "--device", "cpu")
+        argv = ("--predict", *paths, "--checkpoint", self.checkpoint, "--device", "cpu")
+        (self.tmp / "metrics.json").write_text(json.dumps({"dataset": "digits"}))
+        self.assertTrue(call(*argv)[1].startswith("warning: trained on scikit-learn's small digits"))
+        (self.tmp / "metrics.json").unlink()
+        status, text, err = call(*argv)
         self.assertEqual(status, 2)
         for (name, hint), line in zip(says.items(), err.splitlines(), strict=True):
             self.assertTrue(line.startswith(f"error: {self.tmp / name} ") and hint in line, line)
@@ -1411,7 +1432,7 @@ class Predict(Case):
             elif content is not None:
                 torch.save(content, path)
             why = "it is resnet18.py's" if name == "other task" else "("
-            says = [f"{path} is not a best.pt of this network", why]
+            says = [f"--checkpoint: {path} can't be used", why]
             self.refused("--predict", self.tmp / "seven.png", "--checkpoint", path, says=says)
         model, path, refused = c.build_cnn("cpu"), self.tmp / "flipped.pt", 0
         for _ in range(100):
@@ -2109,7 +2130,8 @@ class ResnetRuns(ResnetCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        flags = ("--regimes", "gradual", "--epochs", 1, "--batch-size", 64, "--limit", 200, "--out")
+        flags = ("--regimes", "gradual", "--epochs", 1, "--batch-size", 64, "--limit", 200, "--amp", "off")
+        flags += ("--out",)
         cls.argv, cls.out = small_flags(cls.data, *flags), cls.tmp / "whole"
 
         def draw(path, *_):  # a signal so near the end changes nothing
@@ -2134,9 +2156,40 @@ class ResnetRuns(ResnetCase):
         self.assertLessEqual(want.items(), self.row.items())
         self.assertEqual([stage["trains"] for stage in self.row["stages"]], ["fc", "layer4", "all"])
         self.assertGreater(self.row["train_cpu_seconds"], 0)
+        m, seconds = self.row, self.row["seconds"]
+        training = sum(seconds[phase] for phase in ("features", "cache", "steps"))
+        self.assertAlmostEqual(m["train_seconds"], training)
+        self.assertAlmostEqual(m["total_seconds"], sum(seconds.values()))
+        log = list(csv.DictReader((self.out / "gradual" / "log.csv").open()))
+        self.assertEqual((m["epochs_run"], m["update_budget"]), (len(log), len(log) * 180))
+        # the best epoch was chosen on a tenth of the training set, and on nothing else
+        best, data = [row for row in log if row["best"] == "1"][-1], r.load_emnist(self.data)
+        self.assertEqual(m["stages"][-1]["best_stage"], best["stage"])
+        (model, *_), (_, val) = r.load_model(self.out / "gradual" / "best.pt"), r.split(300, 200, 0)
+        with torch.no_grad():
+            logits = model(r.prepare(data.images["train"][val], 32))
+        right = (logits.argmax(1) == data.labels["train"][val]).double().mean()
+        loss = F.cross_entropy(logits, data.labels["train"][val])
+        self.assertAlmostEqual(float(right), m["val_accuracy"])
+        self.assertAlmostEqual(float(loss), float(best["val_loss"]), places=4)
         text = self.runs(*self.argv, self.out)
         self.assertEqual((text[:11], text.count("\n")), ("all is done", 1))
         self.say(text.strip())
+
+    def test_best_is_back(self):
+        """best.pt is written again from last.pt if it is missing or damaged."""
+        out = self.tmp / "copy"
+        shutil.copytree(self.out, out)
+        best = out / "gradual" / "best.pt"
+        want, texts = r.read_tensors(best), []
+        for damage in (best.unlink, lambda: best.write_bytes(best.read_bytes()[:-99])):
+            damage()
+            texts.append(self.runs(*self.argv, out))
+            self.assertTrue(same(r.read_tensors(best), want))
+        self.assertIn("torn or damaged", texts[1])
+        self.assertTrue(all("training has ended" in text for text in texts))
+        self.assertTrue(same(results(out), results(self.out)))
+        self.say(re.search(".*torn or damaged", texts[1])[0])
 
     def test_end(self):
         """The features go before the comparison is written, with which a run counts as done."""
@@ -2789,6 +2842,7 @@ class ResnetPredict(ResnetCase):
     def test_pictures(self):
         """28x28, centred, a margin of two; five guesses a line; a bad picture brings an error's, status 2."""
         state = {"model": r.build_model(62, None, 0).state_dict(), "classes": r.CLASSES, "image_size": 32}
+        state["dataset"] = "digits"
         torch.save(state, self.tmp / "best.pt")
         names = ("one.png", "two.png", "blank.png", "chunk.png", "missing.png")
         one, two, blank, chunk, missing = (self.tmp / name for name in names)
@@ -2807,7 +2861,8 @@ class ResnetPredict(ResnetCase):
         argv = ("--predict", blank, one, chunk, missing, two, "--checkpoint", self.tmp / "best.pt")
         status, text, err = call_resnet(*argv, "--device", "cpu")
         low = r"( +. \d+\.\d%){5}  \| warning: (several characters.*; )?low confidence\n"
-        self.assertRegex(text, rf"\A{one}:{low}{two}:{low}\Z")  # the network has random weights
+        small = "warning: trained on scikit-learn's small digits, .*\n"
+        self.assertRegex(text, rf"\A{small}{one}:{low}{two}:{low}\Z")  # the network has random weights
         self.assertEqual((status, text.count("several")), (2, 1))
         says = {blank: "shows no character", chunk: "can't be read", missing: "can't be read"}
         for line, (path, what) in zip(err.splitlines(), says.items(), strict=True):

@@ -157,7 +157,11 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=5
 GresTypes=gpu
 NodeName=g2-a NodeHostname=$host NodeAddr=127.0.0.1 Port=17001 CPUs=12 RealMemory=47000 Gres=gpu:2 State=UNKNOWN
 NodeName=g2-b NodeHostname=$host NodeAddr=127.0.0.1 Port=17002 CPUs=12 RealMemory=47000 Gres=gpu:2 State=UNKNOWN
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PartitionName=g2-standard-12 Nodes=g2-a,g2-b Default=YES MaxTime=INFINITE State=UP
+PartitionName=grace Nodes=g2-a,g2-b MaxTime=INFINITE State=UP GraceTime=30
+PartitionName=high Nodes=g2-a,g2-b MaxTime=INFINITE State=UP PriorityTier=10
 PartitionName=g2-standard-48 Nodes=g2-a,g2-b MaxTime=INFINITE State=UP
 CONF
   printf 'NodeName=g2-%s Name=gpu File=/dev/%s\n' a null a zero b null b zero >"$s/gres.conf"
@@ -351,7 +355,7 @@ point_3() { # the time limit
   wait_for 240 "a checkpoint" training "$quick" && as scancel --signal=USR1 --batch "$quick"
   wait_for 180 "saving" logged "$quick" 'everything is saved' && restart "$quick" && finish "$quick"
   equal "warned: saved, requeued, resumed, finished" "0 4" "$(exit_status "$quick") $(
-    log "$quick" | grep -cE '^(time limit near|stopped between|unfinished: requeued|.*continuing in)'
+    log "$quick" | grep -cE '^(time limit near|stopped: every|unfinished: requeued|.*continuing in)'
   )"
   shown "$quick" 'requeued'
   wait_for 240 "the time limit's warning" logged "$real" '^time limit near'
@@ -469,6 +473,15 @@ PY
     wait_for 180 "the second requeue" logged "$two" '^unfinished: requeued, restart 2'
   as scancel "$two"
   finish "$two"
+  # a job of higher priority takes one of the nodes, after a grace period
+  two=$(submit --partition=grace --nodes=2 run_resnet.sbatch "${endless[@]}")
+  wait_for 240 "a checkpoint" training "$two"
+  one=$(as sbatch --parsable --partition=high --nodelist=g2-b --exclusive --mem=1G --output=/dev/null --wrap "sleep 1")
+  check "preempted with a grace period: saved" wait_for 120 "saving" logged "$two" 'everything is saved'
+  finish "$one"
+  restart "$two" && check "... requeued, resumed" wait_for 240 "going on" logged "$two" 'continuing in'
+  as scancel "$two"
+  finish "$two"
 }
 
 point_7() { # the array and the merge
@@ -492,8 +505,8 @@ point_7() { # the array and the merge
   as scancel "$job"
   finish "$job"
   check "... cancelled, it says how to go on" \
-    logged "$first" "^continue with: OUT_DIR=.*${job}_0 sbatch --array=0 run_resnet.sbatch --dataset digits"
-  shown "$first" '^continue with'
+    logged "$first" "^if .* continue with: OUT_DIR=.*${job}_0 sbatch --array=0 run_resnet.sbatch --dataset digits"
+  shown "$first" 'continue with'
 }
 two_train() { [ "$(compgen -G "$P/results/resnet18-*-${job}_*/*/last.pt.prev" | wc -l)" = 2 ]; }
 
@@ -512,6 +525,7 @@ point_8() { # what can be missing
   expect "$(OVERLAY=/nowhere/x.ext3 submit run_resnet.sbatch)" "no overlay" 'no overlay /nowhere/x.ext3'
   expect "$(OVERLAY=$W/empty.ext3 submit run_resnet.sbatch)" "no environment" "no environment .*$W/empty.ext3"
   expect "$(OUT_DIR=/proc/results submit run_cnn.sbatch)" "results can't be written" "can't write to /proc/results"
+  expect "$(OUT_DIR=results/lr:1 submit run_resnet.sbatch)" "a folder with a colon" "Singularity can't bind .*lr:1"
   elsewhere=$W/home/elsewhere
   as mkdir -p "$elsewhere"
   file=$P/run_resnet.sbatch log=$P/resnet_training_%j
@@ -523,14 +537,18 @@ point_8() { # what can be missing
   job=$(submit --array=7 run_resnet.sbatch)
   finish "$job"
   check "an array task without a regime: exit status 2" [ "$(exit_status "$job")" = 2 ]
-  # after a restart, it may only be out of reach for a while
+  # at a restart, what is missing may only be out of reach for a while
   ln -s full.ext3 "$W/link.ext3"
   job=$(OVERLAY=$W/link.ext3 submit run_resnet.sbatch "${tiny[@]}" --dry-run)
   finish "$job" && rm "$W/link.ext3" && as scontrol requeue "$job" && restart "$job"
   check "no overlay at a restart: requeued" wait_for 90 "the requeue" logged "$job" '^unfinished: requeued, restart 2'
   ln -s full.ext3 "$W/link.ext3"
+  exec 8>>"$(folder "$job")/.lock" && flock 8 # as its first start, on a machine that SLURM has lost sight of
+  restart "$job"
+  check "its folder in use: requeued" wait_for 120 "the requeue" logged "$job" '^unfinished: requeued, restart 3'
+  exec 8>&-
   restart "$job" && finish "$job"
-  check "... and completed once it is back" is "$job" COMPLETED
+  check "... and completed once all is there" is "$job" COMPLETED
 }
 
 point_9() { # the pull
