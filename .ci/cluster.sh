@@ -458,6 +458,15 @@ PY
   two=$(submit --gres=gpu:2 run_resnet.sbatch "${run[@]}" --epochs 2)
   finish "$two"
   check "--gres=gpu:2: two processes on one node" logged "$two" 'torch .*processes: 2'
+  # a job of higher priority takes one of the nodes, after a grace period
+  two=$(submit --partition=grace --nodes=2 run_resnet.sbatch "${endless[@]}")
+  wait_for 240 "a checkpoint" training "$two"
+  one=$(as sbatch --parsable --partition=high --nodelist=g2-b --exclusive --mem=1G --output=/dev/null --wrap "sleep 1")
+  check "preempted with a grace period: saved" wait_for 120 "saving" logged "$two" 'everything is saved'
+  finish "$one"
+  restart "$two" && check "... requeued, resumed" wait_for 240 "going on" logged "$two" 'continuing in'
+  as scancel "$two"
+  finish "$two"
   # the second node vanishes, and nobody tells SLURM
   two=$(submit --nodes=2 run_resnet.sbatch "${endless[@]}")
   wait_for 240 "a checkpoint" training "$two"
@@ -471,15 +480,6 @@ PY
   as scancel --signal=USR1 --batch "$two"
   check "the time limit's warning reaches both: saved, requeued" \
     wait_for 180 "the second requeue" logged "$two" '^unfinished: requeued, restart 2'
-  as scancel "$two"
-  finish "$two"
-  # a job of higher priority takes one of the nodes, after a grace period
-  two=$(submit --partition=grace --nodes=2 run_resnet.sbatch "${endless[@]}")
-  wait_for 240 "a checkpoint" training "$two"
-  one=$(as sbatch --parsable --partition=high --nodelist=g2-b --exclusive --mem=1G --output=/dev/null --wrap "sleep 1")
-  check "preempted with a grace period: saved" wait_for 120 "saving" logged "$two" 'everything is saved'
-  finish "$one"
-  restart "$two" && check "... requeued, resumed" wait_for 240 "going on" logged "$two" 'continuing in'
   as scancel "$two"
   finish "$two"
 }

@@ -7,6 +7,7 @@
 #
 #   DATA=DIR      where MNIST and EMNIST lie, from the project's folder (default: data, downloaded if need be)
 #   WEIGHTS=FILE  for ResNet-18 (default: imagenet, downloaded)
+#   AMP=auto      mixed precision where the hardware has it (default: off, as the report's runs)
 #
 # The runs go to results/report; report/results holds their small files, and also bench.txt (python tests.py bench),
 # tests.txt (python tests.py), the logs that KEEP=DIR .ci/cluster.sh 1 2 leaves, in cluster/, and note.txt (what a
@@ -24,7 +25,9 @@ run() { # run NAME SCRIPT ARGUMENT...
   ./setup_env.sh python "$@" --data-dir "${DATA:-data}" --out "$out/$name"
 }
 cnn() { run "$1" cnn_from_scratch.py --dataset mnist "${@:2}"; }
-emnist() { run "$1" resnet18.py --dataset emnist --weights "${WEIGHTS:-imagenet}" "${@:2}"; }
+emnist() {
+  run "$1" resnet18.py --dataset emnist --weights "${WEIGHTS:-imagenet}" --amp "${AMP:-off}" "${@:2}"
+}
 
 # task 1: the spread over seeds, and the original course recipe
 for seed in {0..9}; do cnn "mnist-seed$seed" --seed "$seed"; done
