@@ -993,7 +993,8 @@ def crop_to_sheet(picture):
     are smaller than the holes of a light B or D.
     """
     grey = ndimage.gaussian_filter(np.asarray(ImageOps.contain(picture, (200, 200)), np.float32), 1)
-    labels, count = ndimage.label(grey > otsu(grey))
+    light = grey > otsu(grey)
+    labels, count = ndimage.label(light)
     if not count:
         return picture
     sheet = labels == np.bincount(labels.ravel())[1:].argmax() + 1
@@ -1005,7 +1006,7 @@ def crop_to_sheet(picture):
     (y, x), a = filled.nonzero(), np.radians(np.arange(0, 90, 3))[:, None]
     width = np.ptp(x * np.cos(a) + y * np.sin(a), 1) + 1
     height = np.ptp(y * np.cos(a) - x * np.sin(a), 1) + 1
-    area, marks = filled.sum(), filled.sum() - sheet.sum()
+    area, marks = filled.sum(), (filled & ~light).sum()
     rectangle = area > 0.08 * filled.size and area > 0.9 * (width * height).min()
     if not (inside and rectangle and 0.003 < marks / area < 0.2):
         return picture
@@ -1182,12 +1183,12 @@ def finished(out, arguments):
         names = {path.name for path in out.iterdir() if path.suffix != ".tmp"} if out.exists() else set()
         names -= BEFORE
         before = json.loads((out / "args.json").read_text()) if "args.json" in names else {}
-        for key in ("epochs", "lr"):
-            if arguments[key] is None:  # the default; with auto, it depends on which data set was found
-                defaults = [DEFAULTS[k][key] for k in DEFAULTS if arguments["dataset"] in (k, "auto")]
-                there = before.get(key)
-                arguments = arguments | {key: there if there in defaults else defaults[0]}
-        if before and not arguments.keys() <= before.keys():
+        given = {key: value for key, value in arguments.items() if value is not None}
+        # with auto, the defaults depend on which data set was found
+        sets = [name for name in DEFAULTS if arguments["dataset"] in (name, "auto")]
+        possible = [DEFAULTS[name] | given for name in sets]
+        arguments = next((one for one in possible if one.items() <= before.items()), possible[0])
+        if "args.json" in names and not arguments.keys() <= before.keys():
             raise ValueError(f"args.json lacks {', '.join(sorted(arguments.keys() - before.keys()))}")
         other = [f"--{k} {before.get(k)} there, {v} now" for k, v in arguments.items() if before.get(k) != v]
     except (OSError, ValueError, AttributeError) as e:  # no folder; no JSON; JSON, but not a dict

@@ -1170,7 +1170,7 @@ def time_per_image(run, data, model, trains):
 def plan(run, data, trainer, todo):
     """Says roughly how long the regimes will take, from a few timed batches; without a GPU, also what all
     images at 224 px would take."""
-    settings, texts, costs, total = run.settings, [], {}, 0.0
+    settings, texts, costs, training, testing = run.settings, [], {}, 0.0, 0.0
     train, val, test = (len(data.labels[name]) for name in ("train", "val", "test"))
     kept_images = sum(len(data.labels[name]) for name in kept_sets(settings))
     fits = cache_fits(run, kept_images, settings.image_size)[0]
@@ -1188,16 +1188,16 @@ def plan(run, data, trainer, todo):
             frozen, step = costs[stage.trains]
             seconds += frozen * (train_passes * train + passes * val)
             seconds += stage.epochs * step * (train + val / 3)  # forward is about a third of a training step
-        seconds += (frozen + step / 3) * test
-        total += seconds
-        texts.append(f"{name} about {duration(seconds)}")
+        training, testing = training + seconds, testing + (frozen + step / 3) * test
+        texts.append(f"{name} about {duration(seconds + (frozen + step / 3) * test)}")
     trainer.timer("plan")
     run.say(f"plan: {', '.join(texts)} on {device_name(run.device)}; less with early stopping")
     size, images = settings.image_size, train + val
     fewer = run.args.limit is None and images < data.total
     smaller = run.args.image_size is None and size < FULL_RUN["image_size"]
     if run.main and (fewer or smaller) and run.device.type == "cpu" and not settings.dry_run:
-        all_of_them = total * data.total / images * (FULL_RUN["image_size"] / size) ** 2
+        pixels = (FULL_RUN["image_size"] / size) ** 2
+        all_of_them = pixels * (training * data.total / images + testing)
         banner(
             f"NO GPU: this run uses {images:,} of {data.total:,} images, at {size} px. For all of them at\n"
             f"224 px, add --limit 0 --image-size 224 and a new --out: at least {duration(all_of_them)} here."
@@ -1312,7 +1312,7 @@ def compare(args):
                 raise InputError(f"--compare: {path} can't be used ({one_line(e)})") from e
             if "checkpoint" in row:
                 print(f"{path}: the result of --evaluate, not of a run; skipped", flush=True)
-            elif row["dry_run"]:
+            elif row.get("dry_run"):
                 raise InputError(f"--compare: {path} comes from a dry run and means nothing")
             else:
                 rows.append(row)
@@ -1535,7 +1535,8 @@ def crop_to_sheet(picture):
     are smaller than the holes of a light B or D.
     """
     grey = ndimage.gaussian_filter(np.asarray(ImageOps.contain(picture, (200, 200)), np.float32), 1)
-    labels, count = ndimage.label(grey > otsu(grey))
+    light = grey > otsu(grey)
+    labels, count = ndimage.label(light)
     if not count:
         return picture
     sheet = labels == np.bincount(labels.ravel())[1:].argmax() + 1
@@ -1547,7 +1548,7 @@ def crop_to_sheet(picture):
     (y, x), a = filled.nonzero(), np.radians(np.arange(0, 90, 3))[:, None]
     width = np.ptp(x * np.cos(a) + y * np.sin(a), 1) + 1
     height = np.ptp(y * np.cos(a) - x * np.sin(a), 1) + 1
-    area, marks = filled.sum(), filled.sum() - sheet.sum()
+    area, marks = filled.sum(), (filled & ~light).sum()
     rectangle = area > 0.08 * filled.size and area > 0.9 * (width * height).min()
     if not (inside and rectangle and 0.003 < marks / area < 0.2):
         return picture
@@ -2164,11 +2165,13 @@ def say_how_to_continue(run):
     script, *words = sys.argv
     if Path(script).parent == run.out / "code":  # the copy that a batch job runs
         return
-    start = ["python"]
-    if per_node := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun
-        nodes = run.world // int(per_node)
-        start = ["torchrun", *([f"--nnodes={nodes}"] if nodes > 1 else []), f"--nproc-per-node={per_node}"]
     out = [] if run.args.out else [f"--out={run.out}"]
+    start, per_node = ["python"], os.environ.get("LOCAL_WORLD_SIZE")  # which torchrun sets
+    if per_node and run.world > int(per_node):
+        run.say(" ".join(["continue with: the same command on every machine", *out]))
+        return
+    if per_node:
+        start = ["torchrun", f"--nproc-per-node={per_node}"]
     run.say("continue with: " + shlex.join([*start, script, *words, *out]))
 
 
@@ -2265,8 +2268,9 @@ def train_all(run, data, weights, weights_name, rows):
         run.say("each process's BatchNorm sees only its share of a step; its statistics are averaged")
     data.to(run.device)
     todo = [name for name, row in zip(names, rows) if row is None]
-    if run.main and todo:
-        (run.out / "comparison.json").unlink(missing_ok=True)  # of regimes that are trained again
+    if run.main and todo:  # what an earlier start may have written of these
+        for path in ("comparison.json", *(f"{name}/metrics.json" for name in todo)):
+            (run.out / path).unlink(missing_ok=True)
     for name in todo:
         rows[names.index(name)] = run_regime(run, name, data, weights, weights_name, todo)
     run.poll()
@@ -2313,9 +2317,11 @@ def failure(error):
         text = f"{error}: try a smaller --lr, with a new --out"
     elif isinstance(error, RunFailed):
         text = str(error)
+    elif isinstance(error, OSError):
+        pass
     elif "gloo" in text.lower() or "nccl" in text.lower() or isinstance(error, dist.DistError):
         text = f"another process of this run ended, or the connection to it was lost ({text})"
-    elif not isinstance(error, OSError):
+    else:
         raise error
     say_error(text)
     return 1

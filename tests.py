@@ -945,9 +945,15 @@ class Run(Case):
         digits = ["--device", "auto", "--dataset", "digits"]
         self.refused(*digits, out=out, says=["--epochs 5 there, 30 now; --lr 0.1 there, 0.03 now"])
         self.refused(*digits, "--epochs", 9, out=out, says=["--epochs 5 there, 9 now"])
-        del changed["schedule"]
-        (out / "args.json").write_text(json.dumps(changed))
-        self.refused(*digits, out=out, says=["args.json lacks schedule"])
+        mixed = changed | {"dataset": "auto", "lr": c.DEFAULTS["digits"]["lr"]}  # neither's
+        for content, text in (
+            (mixed, "--lr 0.03 there, 0.1 now"),
+            ({k: v for k, v in changed.items() if k != "schedule"}, "args.json lacks schedule"),
+            ({}, "args.json lacks batch_size"),
+        ):
+            (out / "args.json").write_text(json.dumps(content))
+            dataset = content.get("dataset", "auto")
+            self.refused("--device", "auto", "--dataset", dataset, out=out, says=[text])
         self.say(f"MNIST {c.DEFAULTS['mnist']}, digits {c.DEFAULTS['digits']}")
 
     def test_offline(self):
@@ -1382,6 +1388,10 @@ class Predict(Case):
         board[52:94, 72:128] = board[106:148, 72:128] = 40
         board = Image.fromarray(board)
         self.assertIs(c.crop_to_sheet(board), board)
+        sheet = Image.new("L", (200, 200), 60)
+        sheet.paste(230, (40, 40, 160, 160))
+        ImageDraw.Draw(sheet).ellipse((70, 60, 130, 140), outline=30, width=7)  # a large 0: a hole, few marks
+        self.assertLess(max(c.crop_to_sheet(sheet).size), 130)
 
     def test_bad_images(self):
         """A line for each; for a good one its digit and the model's shares. Huge ones are not decoded."""
@@ -2084,6 +2094,18 @@ class ResnetPlan(ResnetCase):
         self.assertRegex(text, r"^plan: gradual about [\d.]+[smh] on .*\n$")
         self.assertLessEqual(prepare.call_count, 9)  # three for each part of the network
         self.assertGreater(t.state.spent["plan"][0], 0)  # not charged to the training
+        for flags, passes in (((), 1), (("--cache-gb", 0), 8)):
+            t = self.trainer("gradual", "--limit", 0, *flags)
+            with mock.patch.object(
+                r, "time_per_image", return_value=(2, 1)
+            ):  # seconds: frozen layers, a step
+                plan = quiet(r.plan, t.run, t.data, t, ["linear_probe", "gradual"])
+            probe, test = 15 * (270 + 30 / 3), (2 + 1 / 3) * 100
+            layers = 2 * 300 * (passes + 8) + 2 * 8 * (
+                270 + 30 / 3
+            )  # layer4, then all; the features are there
+            want = r.duration(2 * 300 + probe + test), r.duration(probe + layers + test)
+            self.assertIn("linear_probe about {}, gradual about {} on".format(*want), plan)
         self.say(f"{prepare.call_count} batches: {text.strip()[:60]}")
 
     def test_lines(self):
@@ -2262,6 +2284,10 @@ class ResnetRuns(ResnetCase):
         for content in (self.row | {"test_accuracy": 0.99}, {"dataset": "mnist"}):
             path.write_text(json.dumps(content))
             self.refused("not as the run wrote it", "--compare", path.parent, "--out", target)
+        older = {k: v for k, v in self.row.items() if k not in ("processes", "dry_run")}
+        path.write_text(json.dumps(older | {"checksum": r.checksum(older)}))
+        text = "is another version's: it lacks 'processes'"
+        self.refused(text, "--compare", path.parent, "--out", target)
         for folder in (self.out, self.out / "gradual"):
             (folder / "last.pt").unlink(missing_ok=True)
             self.refused("is a run's own folder", "--compare", self.out, "--out", folder)
@@ -2924,8 +2950,10 @@ class ResnetBadInput(ResnetCase):
             again = r.parse_args(shlex.split(printed.removeprefix("continue with: "))[2:])
             self.assertEqual((again.out, again.seed), (out, 3), printed)
         self.assertEqual(line("/a/out/code/resnet18.py", ["--out", "/a/out"], "/a/out"), "")
-        several = line("resnet18.py", ["--out=a"], "a", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")
-        self.assertIn("with: torchrun --nnodes=2 --nproc-per-node=2 resnet18.py --out=a\n", several)
+        two = line("resnet18.py", ["--out=a"], "a", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        self.assertIn("with: torchrun --nproc-per-node=2 resnet18.py --out=a\n", two)
+        four = line("resnet18.py", [], "a", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")
+        self.assertIn("with: the same command on every machine --out=a\n", four)
         self.say(printed.strip())
 
     def test_folders(self):

@@ -209,9 +209,13 @@ def bench_steps(text):
 
 def bench_sections(text):
     """(hardware, its usual precision, rows, rates) of each part of bench.txt on task 2."""
-    parts = re.split(r"^(.+, torch [\d.]+)\S*, 224 px.*", text, flags=re.M)[1:]
+    parts, seen = re.split(r"^(.+, torch [\d.]+)\S*, 224 px.*", text, flags=re.M)[1:], collections.Counter()
     for hardware, section in zip(parts[::2], parts[1::2]):
         section = section.replace("contiguous_format", "NCHW")
         rates = re.findall(r"^full, (\w+, \w+) +([\d.]+)$", section, re.M)
         rows = re.findall(r"^(.+?) +usual +([\d.]+) +ours +([\d.]+) +([\d.]+)x", section, re.M)
-        yield hardware, rates[0][0].split(",")[0], rows, rates
+        precision = rates[0][0].split(",")[0]
+        hardware += ", without bf16" if precision == "float32" else f", with {precision}"
+        seen[hardware] += 1
+        again = f" (run {seen[hardware]})" if seen[hardware] > 1 else ""
+        yield hardware + again, precision, rows, rates
