@@ -149,7 +149,8 @@ def check_input(layer, x, shape, like=None):
     """x must have the shape (None: any size), and the type and device of `like`."""
     fits = x.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, x.shape))
     expected = ", ".join("any" if n is None else str(n) for n in shape)
-    check(fits, f"{layer}: the input is {list(x.shape)}, expected [{expected}]")
+    hint = ": put Flatten() before it" if x.dim() > len(shape) == 2 else ""
+    check(fits, f"{layer}: the input is {list(x.shape)}, expected [{expected}]{hint}")
     if like is not None:
         kinds = [f"{t.dtype} on {t.device}" for t in (x, like)]
         check(kinds[0] == kinds[1], f"{layer}: the input is {kinds[0]}, the parameters are {kinds[1]}")
@@ -196,10 +197,6 @@ class Linear(Module):
         return [self.w, self.b]
 
     def forward(self, x):
-        shape = list(x.shape)
-        check(
-            x.dim() < 3, f"Linear: the input is {shape}, expected [N, {len(self.w)}]: put Flatten() before it"
-        )
         check_input("Linear", x, (None, len(self.w)), self.w)
         check_bias("Linear", self.b, self.w.shape[1], self.w)
         return torch.addmm(self.b, x, self.w)  # N, out_features
@@ -1101,7 +1098,7 @@ def predict(args):
     model = build_cnn(device)
     load_weights(args.checkpoint, model)
     with contextlib.suppress(OSError):
-        if b'"dataset": "digits"' in Path(args.checkpoint).with_name("metrics.json").read_bytes():
+        if is_of_digits(Path(args.checkpoint).parent):
             print("warning: trained on scikit-learn's small digits, this network often misreads photographs")
     for path in args.predict:
         try:
@@ -1203,6 +1200,11 @@ def finished(out, arguments):
     return "metrics.json" in names
 
 
+def is_of_digits(out):
+    """Whether a finished run was on the digits, even if its metrics.json is damaged elsewhere."""
+    return b'"dataset": "digits"' in (out / "metrics.json").read_bytes()
+
+
 def claim_folder(out, arguments):
     """Makes the folder; returns a lock that keeps other runs out of it until it is closed."""
     try:
@@ -1230,7 +1232,7 @@ def run(args):
     out = Path(args.out or f"results/cnn-{datetime.now():%Y%m%d-%H%M%S}")
     arguments = {k: v for k, v in vars(args).items() if k not in ("out", "data_dir", "predict", "checkpoint")}
     if finished(out, arguments):
-        dataset = "digits" if b'"dataset": "digits"' in (out / "metrics.json").read_bytes() else "mnist"
+        dataset = "digits" if is_of_digits(out) else "mnist"
         print(f"finished before, on {dataset}, nothing to do: {out} (delete the folder to train again)")
         return 0
     device = choose_device(args.device)

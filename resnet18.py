@@ -1188,8 +1188,9 @@ def plan(run, data, trainer, todo):
             frozen, step = costs[stage.trains]
             seconds += frozen * (train_passes * train + passes * val)
             seconds += stage.epochs * step * (train + val / 3)  # forward is about a third of a training step
-        training, testing = training + seconds, testing + (frozen + step / 3) * test
-        texts.append(f"{name} about {duration(seconds + (frozen + step / 3) * test)}")
+        test_seconds = (frozen + step / 3) * test
+        training, testing = training + seconds, testing + test_seconds
+        texts.append(f"{name} about {duration(seconds + test_seconds)}")
     trainer.timer("plan")
     run.say(f"plan: {', '.join(texts)} on {device_name(run.device)}; less with early stopping")
     size, images = settings.image_size, train + val
